@@ -1,0 +1,338 @@
+"""Every setting of a run as frozen dataclasses; where a run starts.
+
+`configs/*.py` build an `ml_collections.ConfigDict` from these defaults, the command line overrides
+leaves of it (`--config.optim.lr=1e-4`), and `RunConfig.from_config_dict` turns it back into typed,
+validated, immutable dataclasses. A key that no dataclass knows is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ml_collections
+
+from hovle_jax.errors import UserError
+
+T = TypeVar("T")
+
+IGNORE = -100  # label of a token that is not predicted
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, as InternVL normalises
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """A stack of identical causal transformer layers (spec: InternLM2-1.8B's).
+
+    The holistic embedding module and the LLM are both such stacks.
+    """
+
+    num_layers: int = 8
+    hidden_size: int = 2048
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 8192
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: str = "none"  # none | linear | dynamic (NTK)
+    rope_factor: float = 1.0
+    max_positions: int = 32768
+    qkv_bias: bool = False
+    out_bias: bool = False
+    initializer_range: float = 0.02  # std of random weights; small models want about 1/sqrt(width)
+
+    def params_per_layer(self) -> int:
+        d, h, kv, dh = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        attention = d * dh * (h + 2 * kv) + h * dh * d
+        bias = self.qkv_bias * dh * (h + 2 * kv) + self.out_bias * d
+        return attention + bias + 3 * d * self.intermediate_size + 2 * d
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """HoVLE: patch embedding + holistic layers in front of an LLM (paper section 3).
+
+    `shuffle_loc` says where each `shuffle` x `shuffle` block of patches becomes one token: 'pre'
+    (HoVLE) before the holistic layers, 'post' (HoVLE-HD) after them, on image positions only.
+    """
+
+    name: str = "hovle_2b"
+    vocab_size: int = 92553
+    embedding: LayersConfig = field(default_factory=LayersConfig)
+    decoder: LayersConfig = field(default_factory=lambda: LayersConfig(num_layers=24))
+    image_size: int = 448
+    patch_size: int = 14
+    shuffle: int = 2
+    shuffle_loc: str = "pre"
+    projector: bool = True  # two-layer MLP after the shuffle; without it `shuffle` must be 1
+    special_tokens: int = 0  # rows of the separate special-token table (0 = no such table)
+    initializer_range: float = 0.02  # of everything outside the stacks
+    normalize_embeddings: bool = False  # divide the LLM's input by its L2 norm per token
+    tie_head: bool = False  # the LLM head is the transposed text table
+    bos_id: int = 1
+    eos_id: int = 2
+    pad_id: int = 2
+    im_end_id: int = 92542  # ends an answer
+    img_start_id: int = 92544
+    img_end_id: int = 92545
+    img_context_id: int = 92546
+    # How it is computed, not what: none of these changes a parameter.
+    dtype: str = "bfloat16"
+    remat: str = "full"  # none | full | attention | dots (layers.REMAT_POLICIES)
+    attention: str = "xla"  # attention.IMPLEMENTATIONS
+    loss_chunk: int = 512  # tokens per row whose logits exist at one time
+
+    def __post_init__(self) -> None:
+        _one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        for name, stack in (("embedding", self.embedding), ("decoder", self.decoder)):
+            _one_of(f"model.{name}.rope_scaling", stack.rope_scaling, ("none", "linear", "dynamic"))
+            if stack.num_heads % stack.num_kv_heads:
+                raise UserError(f"model.{name}.num_heads must be a multiple of num_kv_heads")
+        if self.embedding.hidden_size != self.decoder.hidden_size:
+            raise UserError("model.embedding.hidden_size must equal model.decoder.hidden_size")
+        if self.image_size % (self.patch_size * self.shuffle):
+            raise UserError(
+                f"model.image_size {self.image_size} is not a multiple of patch_size x shuffle "
+                f"({self.patch_size} x {self.shuffle})"
+            )
+        if not self.projector and self.shuffle != 1:
+            raise UserError("model.projector=False needs model.shuffle=1 (nothing restores width)")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.hidden_size
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """`<IMG_CONTEXT>` tokens of one tile in the LLM's sequence (256 for the release)."""
+        return (self.grid // self.shuffle) ** 2
+
+    def params(self) -> int:
+        """Parameters of the native tree (the released file adds two tensors nothing reads)."""
+        d = self.hidden_size
+        vision = 3 * self.patch_size**2 * d + d + (self.grid**2 + 1) * d
+        projector = (self.shuffle**2 * d * d + d + d * d + d) if self.projector else 0
+        tables = (self.vocab_size + self.special_tokens) * d
+        head = 0 if self.tie_head else self.vocab_size * d
+        stacks = sum(s.num_layers * s.params_per_layer() for s in (self.embedding, self.decoder))
+        return vision + projector + tables + stacks + d + head
+
+    def flops_per_token(self, context: int) -> dict[str, float]:
+        """Forward matmul FLOPs per token: 'embedding', 'decoder' (with attention), 'head'.
+
+        `context` is the length of the sequence the token sits in; causal attention counts half of
+        it. A training step costs three times this where weights are trained.
+        """
+
+        def stack(s: LayersConfig) -> float:
+            matmul = s.params_per_layer() - 2 * s.hidden_size
+            attention = s.num_heads * s.head_dim * context  # QK^T and AV, halved by causality
+            return 2.0 * s.num_layers * (matmul + attention)
+
+        return {
+            "embedding": stack(self.embedding),
+            "decoder": stack(self.decoder),
+            "head": 2.0 * self.hidden_size * self.vocab_size,
+        }
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """InternViT + pixel shuffle + mlp1: the vision teacher of stage I (spec section 7)."""
+
+    num_layers: int = 24
+    hidden_size: int = 1024
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    image_size: int = 448
+    patch_size: int = 14
+    shuffle: int = 2
+    shuffle_version: str = "v2"  # v1 keeps the transposed order of early InternVL releases
+    norm: str = "layer"  # layer (300M) | rms (6B)
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMSNorm over the full width of q and k (6B)
+    select_layer: int = -1  # which hidden state is the feature; -1 = after the last layer
+    out_size: int = 2048  # width of the LLM's input space
+    initializer_range: float = 0.02
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("teacher.norm", self.norm, ("layer", "rms"))
+        _one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.grid // self.shuffle) ** 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it becomes static batches.
+
+    A batch is `rows` rows of `tokens` tokens and at most `tiles` image tiles each.
+    """
+
+    meta: str = ""  # InternVL meta.json: the conversations of stages II and III
+    images: tuple[str, ...] = ()  # image folders: the unpaired images of stage I
+    text: str = ""  # stage I text file (txt or jsonl); '' = uniformly random token ids
+    text_ratio: float = 1.0  # stage I: text tokens per image token
+    tokenizer: str = ""  # directory with tokenizer.model and added_tokens.json
+    template: str = "internlm2-chat"
+    system: str | None = None  # replaces the template's system message; '' = no system turn
+    rows: int = 8  # global batch
+    tokens: int = 4096
+    tiles: int = 12
+    min_tiles: int = 1
+    max_tiles: int = 12  # per image, before the thumbnail
+    thumbnail: bool = True
+    window: int = 256  # samples packed together; larger fills rows better
+    workers: int = 0  # grain worker processes; 0 = threads of this process
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "tokens", "window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} must be at least 1")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """An optimizer group: the parameters whose path fully matches `regex`."""
+
+    regex: str
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a schedule. Every trainable parameter must match exactly one group."""
+
+    lr: float = 4e-5
+    end_lr: float = 0.0
+    schedule: str = "cosine"  # cosine | wsd | constant
+    warmup: float = 0.03  # fraction of the steps
+    decay: float = 0.1  # wsd: fraction of the steps at the end
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # 0 = off
+    accumulate: int = 1  # micro-batches per step
+    skip_nonfinite: bool = True  # leave the state alone when loss or gradient is not finite
+    groups: tuple[GroupConfig, ...] = (
+        GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.05),
+        GroupConfig(r".*/(scale|bias)", 1.0, 0.0),
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one axis may be -1 (all the rest)."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from before the first step (a resumed run never looks here).
+
+    Later sources win: random values (only with `scratch`), then `llm`, then `previous`.
+    """
+
+    llm: str = ""  # native model directory: decoder/* and the text table
+    teacher: str = ""  # native teacher directory (stage I)
+    previous: str = ""  # work directory of the stage before
+    scratch: bool = False  # what no source gives starts random, and stage order is not checked
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One stage of one run."""
+
+    stage: str = "distill"  # a row of stages.STAGES
+    trainable: str = ""  # regex over parameter paths; '' = the stage's own
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500  # 0 = only at the end
+    keep: int = 2  # checkpoints kept
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def to_config_dict(self) -> ml_collections.ConfigDict:
+        """A mutable copy for configs/*.py and command-line overrides."""
+        # None fields (data.system) must stay assignable, hence no type safety for those.
+        return ml_collections.ConfigDict(to_dict(self), convert_dict=True)
+
+    @classmethod
+    def from_config_dict(cls, config: typing.Mapping[str, Any]) -> RunConfig:
+        raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+        return from_dict(cls, raw, "config")
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclass -> nested dicts, tuples and scalars (JSON-ready but for the tuples)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return tuple(to_dict(v) for v in value)
+    return value
+
+
+def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
+    """Nested mapping -> dataclass `cls`; names the key that is unknown or of the wrong type."""
+    hints = typing.get_type_hints(cls)
+    unknown = [k for k in raw if k not in hints]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(hints))
+        raise UserError(f"{where}.{unknown[0]}: unknown config key; {hint}")
+    return cls(**{k: _convert(v, hints[k], f"{where}.{k}") for k, v in raw.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return value if isinstance(value, hint) else from_dict(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is types.UnionType:  # only `X | None` is used
+        return None if value is None else _convert(value, args[0], where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(known)}")

@@ -1,0 +1,142 @@
+"""Images to tiles: InternVL's `dynamic_preprocess`, bit for bit, on the host.
+
+Tiles stay uint8 here: four times fewer bytes to the device, which does the normalisation
+(`embedding.normalize_pixels`).
+"""
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image
+
+from hovle_jax.errors import UserError
+
+# What Pillow raises on bytes that are no image, are cut short, or are absurdly large.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def open_image(ref: str | bytes, where: str) -> Image.Image:
+    """Decodes an image (a path or encoded bytes) to RGB, completely.
+
+    EXIF orientation is not applied: the reference does not either.
+
+    Raises:
+      UserError: missing, unreadable, corrupt or truncated; the message starts with `where`.
+    """
+    try:
+        with Image.open(_source(ref)) as image:
+            return image.convert("RGB")
+    except _DECODE_ERRORS as e:
+        raise _image_error(ref, where, e) from e
+
+
+def image_size_of(ref: str | bytes, where: str) -> tuple[int, int]:
+    """(width, height) from the header alone; errors as `open_image`, except for truncated data."""
+    try:
+        with Image.open(_source(ref)) as image:
+            return image.size
+    except _DECODE_ERRORS as e:
+        raise _image_error(ref, where, e) from e
+
+
+def _source(ref: str | bytes) -> str | io.BytesIO:
+    return io.BytesIO(ref) if isinstance(ref, bytes) else ref
+
+
+def _image_error(ref: str | bytes, where: str, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{where}: image file not found: {ref!s}")
+    name = f"{len(ref)} embedded bytes" if isinstance(ref, bytes) else ref
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "not an image, or of an unknown format"
+    else:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{where}: cannot read image {name} ({reason}); replace or remove it")
+
+
+@functools.cache
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area, then by columns.
+
+    The reference leaves equal areas in the order of a Python set; it picks the same grid.
+    """
+    if not 1 <= min_tiles <= max_tiles:
+        raise UserError(
+            f"min_tiles={min_tiles}, max_tiles={max_tiles}: need 1 <= min_tiles <= max_tiles"
+        )
+    grids = [
+        (cols, rows)
+        for cols in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // cols + 1)
+        if cols * rows >= min_tiles
+    ]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+
+def choose_grid(
+    width: int, height: int, image_size: int, min_tiles: int, max_tiles: int
+) -> tuple[int, int]:
+    """The (cols, rows) nearest to the image's aspect ratio: InternVL `find_closest_aspect_ratio`.
+
+    On an exact tie the larger grid wins if the image fills more than half of it.
+
+    Raises:
+      UserError: not 1 <= min_tiles <= max_tiles.
+    """
+    aspect = width / height
+    best, best_distance = (1, 1), float("inf")
+    for cols, rows in _grids(min_tiles, max_tiles):
+        distance = abs(aspect - cols / rows)
+        if distance < best_distance or (
+            distance == best_distance and width * height > 0.5 * image_size**2 * cols * rows
+        ):
+            best, best_distance = (cols, rows), distance
+    return best
+
+
+def count_tiles(
+    width: int, height: int, *, image_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
+) -> int:
+    """How many tiles `tile_image` returns for an image of this size, thumbnail included."""
+    cols, rows = choose_grid(width, height, image_size, min_tiles, max_tiles)
+    return cols * rows + (thumbnail and cols * rows > 1)
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic resize, equal to Pillow <= 12.3 under any Pillow.
+
+    Pillow rounds to uint8 between its two passes, so their order shows in the pixels. Up to 12.3
+    the horizontal pass came first, as when the released models were trained; Pillow 13 swaps them
+    for some sizes. One call per axis fixes the order.
+    """
+    bicubic = Image.Resampling.BICUBIC
+    return image.resize((width, image.height), bicubic).resize((width, height), bicubic)
+
+
+def tile_image(
+    image: Image.Image, *, image_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
+) -> np.ndarray:
+    """Cuts an image into square tiles: InternVL `dynamic_preprocess`.
+
+    Args:
+      image: RGB image of any size.
+      image_size: Side of a tile in pixels.
+      min_tiles: Fewest tiles of the grid.
+      max_tiles: Most tiles of the grid, thumbnail not included.
+      thumbnail: Append the whole image, squeezed into one tile, if there is more than one tile.
+
+    Returns:
+      uint8 [tiles, image_size, image_size, 3], row-major, the thumbnail last.
+
+    Raises:
+      UserError: not 1 <= min_tiles <= max_tiles.
+    """
+    cols, rows = choose_grid(image.width, image.height, image_size, min_tiles, max_tiles)
+    pixels = np.asarray(resize(image, cols * image_size, rows * image_size))
+    tiles = pixels.reshape(rows, image_size, cols, image_size, 3).swapaxes(1, 2)
+    tiles = tiles.reshape(rows * cols, image_size, image_size, 3)
+    if thumbnail and len(tiles) > 1:
+        whole = np.asarray(resize(image, image_size, image_size))
+        tiles = np.concatenate([tiles, whole[None]])
+    return tiles

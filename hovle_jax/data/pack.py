@@ -1,0 +1,147 @@
+"""Packing as a plan: which samples share a row is decided from their lengths alone.
+
+The mixed stream of samples is cut into windows of `window` samples; each window is packed by itself
+(best fit, longest first, under both limits). So a window's rows are a pure function of the stream,
+any window can be planned without the ones before it, and hosts and workers agree without talking.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hovle_jax.config import IGNORE
+from hovle_jax.data.samples import Sample
+from hovle_jax.errors import UserError
+
+TOKEN_WEIGHTS: dict[str, Callable[[int], float]] = {
+    "token": lambda n: 1.0,  # every answer token counts the same
+    "sample": lambda n: 1.0 / n,  # every sample counts the same
+    "square": lambda n: n**-0.5,  # between the two (InternVL-2.5)
+}
+
+
+def best_fit(lengths: Sequence[tuple[int, int]], tokens: int, tiles: int) -> list[list[int]]:
+    """Rows of sample numbers; each row holds at most `tokens` and `tiles`, and keeps their order.
+
+    lengths: (tokens, tiles) per sample. A sample goes where it leaves the fewest tokens free.
+    """
+    rows: list[list[int]] = []
+    free = np.zeros((len(lengths), 2), np.int64)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], i)):
+        need = np.array(lengths[i])
+        if need[0] > tokens or need[1] > tiles:
+            raise UserError(f"a sample of {need[0]} tokens and {need[1]} tiles fits no row")
+        left = free[: len(rows)] - need
+        fits = np.flatnonzero((left >= 0).all(axis=1))
+        if len(fits):
+            row = int(fits[np.argmin(left[fits, 0])])
+            free[row] = left[row]
+            rows[row].append(i)
+        else:
+            free[len(rows)] = (tokens, tiles) - need
+            rows.append([i])
+    return [sorted(row) for row in rows]
+
+
+class Plan:
+    """Rows of the packed stream, numbered from a starting place on.
+
+    A place is (window, row inside the window): the whole data cursor.
+    """
+
+    def __init__(
+        self,
+        length: Callable[[int], tuple[int, int]],
+        *,
+        window: int,
+        tokens: int,
+        tiles: int,
+        start: tuple[int, int] = (0, 0),
+    ):
+        """`length` gives (tokens, tiles) of the n-th sample of the stream."""
+        self._length, self._window = length, window
+        self._tokens, self._tiles = tokens, tiles
+        # First row number of each window known so far; windows are visited in order.
+        self._window0, skipped = start
+        self._firsts = [-skipped]
+        self._cache: collections.OrderedDict[int, list[list[int]]] = collections.OrderedDict()
+        self._lock = threading.RLock()  # grain reads rows from several threads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._lock = threading.RLock()
+
+    def rows(self, window: int) -> list[list[int]]:
+        """The window's rows, each a list of places in the stream."""
+        with self._lock:
+            rows = self._cache.get(window)
+            if rows is None:
+                base = window * self._window
+                lengths = [self._length(base + i) for i in range(self._window)]
+                packed = best_fit(lengths, self._tokens, self._tiles)
+                rows = [[base + i for i in row] for row in packed]
+                self._cache[window] = rows
+                while len(self._cache) > 8:
+                    self._cache.popitem(last=False)
+            return rows
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Place of the row-th row after the start."""
+        with self._lock:
+            while True:
+                k = bisect.bisect_right(self._firsts, row) - 1
+                offset = row - self._firsts[k]
+                rows = self.rows(self._window0 + k)
+                if offset < len(rows):
+                    return self._window0 + k, offset
+                self._firsts.append(self._firsts[k] + len(rows))
+
+    def __getitem__(self, row: int) -> list[int]:
+        window, offset = self.locate(row)
+        return self.rows(window)[offset]
+
+
+def assemble(
+    samples: Sequence[Sample],
+    *,
+    tokens: int,
+    tiles: int,
+    image_size: int,
+    weights: str,
+    pad_id: int,
+) -> dict[str, np.ndarray]:
+    """Samples -> one static row (the batch of hovle_jax.model, without its leading axis).
+
+    Segments count from 1, positions restart in each, padding is segment 0.
+    """
+    row: dict[str, np.ndarray] = {
+        "input_ids": np.full(tokens, pad_id, np.int32),
+        "segment_ids": np.zeros(tokens, np.int32),
+        "position_ids": np.zeros(tokens, np.int32),
+        "labels": np.full(tokens, IGNORE, np.int32),
+        "loss_weight": np.zeros(tokens, np.float32),
+        "pixels": np.zeros((tiles, image_size, image_size, 3), np.uint8),
+    }
+    token = tile = 0
+    for segment, sample in enumerate(samples, start=1):
+        n, predicted = len(sample.ids), sample.labels >= 0
+        place = slice(token, token + n)
+        row["input_ids"][place] = sample.ids
+        row["segment_ids"][place] = segment
+        row["position_ids"][place] = np.arange(n)
+        row["labels"][place] = sample.labels
+        if predicted.any():
+            weight = TOKEN_WEIGHTS[weights](int(predicted.sum()))
+            row["loss_weight"][place] = np.where(predicted, weight, 0.0)
+        row["pixels"][tile : tile + len(sample.tiles)] = sample.tiles
+        token, tile = token + n, tile + len(sample.tiles)
+    return row

@@ -1,0 +1,177 @@
+"""Sources -> mixed stream -> packed rows -> batches, as a pure function of (seed, cursor).
+
+    sample sources --grain shuffle, repeat, mix--> stream of (source, record)
+      --pack.Plan over measured lengths--> rows --grain map, batch--> host batches
+
+The cursor is two integers, the same for any number of hosts and workers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from hovle_jax.config import RunConfig
+from hovle_jax.data.pack import Plan, assemble
+from hovle_jax.data.readers import ImageFolder, TextLines, open_meta
+from hovle_jax.data.samples import Conversations, SampleSource, UnpairedImages, check_tokenizer
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
+
+Cursor = dict[str, int]
+START: Cursor = {"window": 0, "row": 0}
+HostBatch = dict[str, np.ndarray]
+
+
+def open_sources(
+    config: RunConfig, kind: str, tokenizer: Tokenizer
+) -> tuple[list[SampleSource], list[float]]:
+    """The stage's sample sources and how often each is drawn, relative to the others."""
+    data, model = config.data, config.model
+    check_tokenizer(tokenizer, model)
+    if kind == "unpaired":
+        if not data.images:
+            raise UserError(f"config.data.images: stage {config.stage!r} needs image folders")
+        text = TextLines("text", data.text) if data.text else None
+        folders = [ImageFolder(path, path) for path in data.images]
+        sources: list[SampleSource] = [
+            UnpairedImages(f, text, tokenizer, model, data, config.seed) for f in folders
+        ]
+        return sources, [float(len(s)) for s in sources]
+    if not data.meta:
+        raise UserError(f"config.data.meta: stage {config.stage!r} needs a meta.json")
+    entries = open_meta(data.meta)
+    sources = [Conversations(e.source, tokenizer, model, data) for e in entries]
+    return sources, [len(e.source) * e.repeat for e in entries]
+
+
+def measure(
+    source: SampleSource, tokens: int, tiles: int, progress: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """int32 [records, 2]: (tokens, tiles) of every record; a record no row can hold is an error."""
+    lengths = np.zeros((len(source), 2), np.int32)
+    for i in range(len(source)):
+        lengths[i] = source.measure(i)
+        if lengths[i, 0] > tokens or lengths[i, 1] > tiles:
+            raise UserError(
+                f"{source.name}: record {i + 1} has {lengths[i, 0]} tokens and {lengths[i, 1]} "
+                f"tiles; a row holds {tokens} and {tiles} (config.data.tokens, config.data.tiles)"
+            )
+        if progress is not None:
+            progress(1)
+    return lengths
+
+
+class Stream:
+    """The endless mixed stream: n -> (source, record). A fresh permutation in every epoch."""
+
+    def __init__(self, sizes: list[int], weights: list[float], seed: int):
+        parts = [
+            grain.MapDataset.range(size)
+            .seed(seed + 7919 * k)
+            .shuffle()
+            .repeat()
+            .map(functools.partial(_tag, k))
+            for k, size in enumerate(sizes)
+        ]
+        total = sum(weights)
+        self._mixed = grain.MapDataset.mix(parts, [w / total for w in weights])
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        return self._mixed[n]
+
+
+def _tag(source: int, record: Any) -> tuple[int, int]:
+    return source, int(record)
+
+
+class Rows:
+    """Row number -> assembled row; what grain's workers run."""
+
+    def __init__(self, config: RunConfig, pipeline: Pipeline, start: Cursor, weights: str):
+        data = config.data
+        self._sources, self._stream = pipeline.sources, pipeline.stream
+        self._plan = pipeline.plan(start)
+        self._assemble = functools.partial(
+            assemble,
+            tokens=data.tokens,
+            tiles=data.tiles,
+            image_size=config.model.image_size,
+            weights=weights,
+            pad_id=config.model.pad_id,
+        )
+
+    def __call__(self, row: int) -> HostBatch:
+        samples = []
+        for draw in self._plan[int(row)]:
+            source, record = self._stream[draw]
+            samples.append(self._sources[source].sample(record, draw))
+        return self._assemble(samples)
+
+
+class Pipeline:
+    """The data of one stage: measured once, then read from any cursor on."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        kind: str,
+        token_weights: str,
+        tokenizer: Tokenizer,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self._config, self._weights = config, token_weights
+        self.sources, weights = open_sources(config, kind, tokenizer)
+        data = config.data
+        self._lengths = [measure(s, data.tokens, data.tiles, progress) for s in self.sources]
+        self.stream = Stream([len(s) for s in self.sources], weights, config.seed)
+
+    def _length(self, n: int) -> tuple[int, int]:
+        source, record = self.stream[n]
+        tokens, tiles = self._lengths[source][record]
+        return int(tokens), int(tiles)
+
+    def plan(self, start: Cursor) -> Plan:
+        data = self._config.data
+        return Plan(
+            self._length,
+            window=data.window,
+            tokens=data.tokens,
+            tiles=data.tiles,
+            start=(start["window"], start["row"]),
+        )
+
+    def batches(
+        self, start: Cursor | None = None, *, host: int = 0, hosts: int = 1
+    ) -> Iterator[tuple[HostBatch, Cursor]]:
+        """This host's part of every global batch from `start` on, with the cursor after it."""
+        start = START if start is None else start
+        data = self._config.data
+        if data.rows % hosts:
+            raise UserError(f"config.data.rows {data.rows} is not a multiple of {hosts} hosts")
+        here = data.rows // hosts
+
+        def global_row(i: int) -> int:
+            return i // here * data.rows + host * here + i % here
+
+        rows = (
+            grain.MapDataset.range(2**62)
+            .map(global_row)
+            .map(Rows(self._config, self, start, self._weights))
+        )
+        dataset = rows.to_iter_dataset(
+            grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * here)
+        ).batch(here)
+        if data.workers:
+            if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
+                flags.FLAGS(["hovle"], known_only=True)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+        plan = self.plan(start)
+        for step, batch in enumerate(dataset, start=1):
+            window, row = plan.locate(step * data.rows)
+            yield batch, {"window": window, "row": row}

@@ -1,0 +1,61 @@
+"""What every reader yields: a conversation with its images, or a lone image."""
+
+import dataclasses
+from typing import Literal
+
+from hovle_jax.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message of a conversation, as written in the data (not stripped)."""
+
+    role: Role
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One example as read from disk.
+
+    Attributes:
+      turns: The conversation; empty for an unpaired image.
+      images: Paths or encoded bytes, in the order of their placeholders.
+      where: 'file:line' or the image's path; it opens every error message about this record.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[str | bytes, ...]
+    where: str
+
+
+def validate(record: Record) -> None:
+    """Checks that a conversation can be trained on.
+
+    Raises:
+      UserError: no turns, a system turn that is not the first, a last turn that is not the
+        assistant's, an empty answer, or a count of '<image>' in user turns other than the number
+        of images.
+    """
+    where, turns = record.where, record.turns
+    if not turns:
+        raise UserError(f"{where}: the conversation has no turns; delete the row")
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise UserError(f"{where}: only the first turn may be a system turn")
+    if turns[-1].role != "assistant":
+        raise UserError(
+            f"{where}: the last turn is from {turns[-1].role!r}, but nothing is learnt after the "
+            "last assistant turn; delete it"
+        )
+    if any(turn.role == "assistant" and not turn.text.strip() for turn in turns):
+        raise UserError(f"{where}: an assistant turn is empty; fill it in or delete the row")
+    placeholders = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns if t.role == "user")
+    if placeholders != len(record.images):
+        raise UserError(
+            f"{where}: {placeholders} {IMAGE_PLACEHOLDER!r} in user turns but "
+            f"{len(record.images)} images; they must match one to one"
+        )

@@ -1,0 +1,217 @@
+"""Records -> samples: token ids, labels and image tiles of one training example.
+
+A sample source is what packing and mixing see: how many records, how long each is, and the sample
+itself. `draw` is the sample's place in the mixed stream; all randomness comes from (seed, draw).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from hovle_jax.config import IGNORE, DataConfig, ModelConfig
+from hovle_jax.data import image
+from hovle_jax.data.chat import TEMPLATES, Template, encode_conversation
+from hovle_jax.data.readers import ImageFolder, JsonlConversations, TextLines
+from hovle_jax.data.records import Record
+from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
+from hovle_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    ids: np.ndarray  # int32 [n]
+    labels: np.ndarray  # int32 [n], IGNORE where nothing is predicted
+    tiles: np.ndarray  # uint8 [tiles, H, W, 3], in order of appearance
+
+
+class SampleSource(Protocol):
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def measure(self, i: int) -> tuple[int, int]:
+        """(tokens, tiles) of record i, without decoding pixels."""
+
+    def sample(self, i: int, draw: int) -> Sample: ...
+
+
+def get_template(name: str) -> Template:
+    if name not in TEMPLATES:
+        raise UserError(f"config.data.template: {name!r} is not one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """A tokenizer whose ids are not the model's would train on nonsense without a sound."""
+    if tokenizer.vocab_size > model.vocab_size + model.special_tokens:
+        raise UserError(
+            f"config.model.vocab_size {model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids"
+        )
+    for token, key in (
+        (IMG_START, "img_start_id"),
+        (IMG_END, "img_end_id"),
+        (IMG_CONTEXT, "img_context_id"),
+        (IM_END, "im_end_id"),
+    ):
+        if tokenizer.id_of(token) != getattr(model, key):
+            raise UserError(
+                f"config.model.{key} is {getattr(model, key)} but the tokenizer's {token} is "
+                f"{tokenizer.id_of(token)}"
+            )
+
+
+class Tiler:
+    """The tile settings of one source, applied to the images of a record."""
+
+    def __init__(self, model: ModelConfig, data: DataConfig, max_tiles: int | None):
+        self.image_size = model.image_size
+        self.min_tiles = data.min_tiles
+        self.max_tiles = data.max_tiles if max_tiles is None else max_tiles
+        self.thumbnail = data.thumbnail
+
+    def limits(self, images: int) -> tuple[int, int]:
+        """(min, max) tiles of each image: several images share the budget (InternVL)."""
+        most = max(1, self.max_tiles // max(images, 1))
+        return min(self.min_tiles, most), most
+
+    def counts(self, record: Record) -> list[int]:
+        low, high = self.limits(len(record.images))
+        return [
+            image.count_tiles(
+                *image.image_size_of(ref, record.where),
+                image_size=self.image_size,
+                min_tiles=low,
+                max_tiles=high,
+                thumbnail=self.thumbnail,
+            )
+            for ref in record.images
+        ]
+
+    def tiles(self, record: Record) -> list[np.ndarray]:
+        """uint8 [tiles, H, W, 3] per image."""
+        low, high = self.limits(len(record.images))
+        return [
+            image.tile_image(
+                image.open_image(ref, record.where),
+                image_size=self.image_size,
+                min_tiles=low,
+                max_tiles=high,
+                thumbnail=self.thumbnail,
+            )
+            for ref in record.images
+        ]
+
+    def stack(self, tiles: list[np.ndarray]) -> np.ndarray:
+        empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        return np.concatenate([empty, *tiles])
+
+
+class Conversations:
+    """Stages II and III: chat with images; answers are predicted."""
+
+    def __init__(
+        self,
+        source: JsonlConversations,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        data: DataConfig,
+    ):
+        self.name = source.name
+        self._source = source
+        self._tokenizer = tokenizer
+        self._template = get_template(data.template)
+        self._system = data.system
+        self._tokens_per_tile = model.tokens_per_tile
+        self._tiler = Tiler(model, data, source.max_tiles)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def measure(self, i: int) -> tuple[int, int]:
+        record = self._source[i]
+        counts = self._tiler.counts(record)
+        return len(self._encode(record, counts)[0]), sum(counts)
+
+    def sample(self, i: int, draw: int) -> Sample:
+        del draw  # nothing here is random
+        record = self._source[i]
+        tiles = self._tiler.tiles(record)
+        ids, labels = self._encode(record, [len(t) for t in tiles])
+        return Sample(ids, labels, self._tiler.stack(tiles))
+
+    def _encode(self, record: Record, tiles: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            encoded = encode_conversation(
+                record.turns,
+                tiles,
+                self._tokenizer,
+                self._template,
+                tokens_per_tile=self._tokens_per_tile,
+                system=self._system,
+            )
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        return encoded.ids, encoded.labels
+
+
+class UnpairedImages:
+    """Stage I: an image and unrelated text in one causal sequence, in random order (spec 4.4).
+
+    The text is a run of `text_ratio` tokens per image token: uniformly random ordinary ids, or
+    consecutive lines of a text file from a random line on.
+    """
+
+    def __init__(
+        self,
+        source: ImageFolder,
+        text: TextLines | None,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        data: DataConfig,
+        seed: int,
+    ):
+        self.name = source.name
+        self._source = source
+        self._text = text
+        self._tokenizer = tokenizer
+        self._tokens_per_tile = model.tokens_per_tile
+        self._ratio = data.text_ratio
+        self._tiler = Tiler(model, data, source.max_tiles)
+        self._seed = seed
+        special = tokenizer.special_ids | {0}
+        self._ordinary = np.array([i for i in range(tokenizer.vocab_size) if i not in special])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def measure(self, i: int) -> tuple[int, int]:
+        tiles = sum(self._tiler.counts(self._source[i]))
+        image_tokens = tiles * self._tokens_per_tile
+        return 3 + image_tokens + self._text_tokens(image_tokens), tiles
+
+    def sample(self, i: int, draw: int) -> Sample:
+        rng = np.random.default_rng((self._seed, draw))
+        tiles = self._tiler.stack(self._tiler.tiles(self._source[i]))
+        context = [self._tokenizer.id_of(IMG_CONTEXT)] * (len(tiles) * self._tokens_per_tile)
+        run = [self._tokenizer.id_of(IMG_START), *context, self._tokenizer.id_of(IMG_END)]
+        text = self._random_text(self._text_tokens(len(context)), rng)
+        halves = [run, text] if rng.random() < 0.5 else [text, run]
+        ids = np.array([self._tokenizer.bos_id, *halves[0], *halves[1]], np.int32)
+        return Sample(ids, np.full_like(ids, IGNORE), tiles)
+
+    def _text_tokens(self, image_tokens: int) -> int:
+        return round(image_tokens * self._ratio)
+
+    def _random_text(self, count: int, rng: np.random.Generator) -> list[int]:
+        if self._text is None:
+            return rng.choice(self._ordinary, count).tolist()
+        ids: list[int] = []
+        line = int(rng.integers(len(self._text)))
+        while len(ids) < count:
+            ids += self._tokenizer.encode_ordinary(self._text[line])
+            line = (line + 1) % len(self._text)
+        return ids[:count]

@@ -1,0 +1,1 @@
+"""The digit demonstration: every stage of HoVLE on real handwriting, offline, on a CPU."""

@@ -1,0 +1,160 @@
+"""Small stand-ins for what the paper takes pre-trained: a vision teacher and a text-only LM.
+
+The teacher sees images with their own labels and no text; the LM sees text and no images. What one
+of them knows can reach the other only through the three stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hovle_jax import losses, model, teacher
+from hovle_jax.config import ModelConfig, TeacherConfig
+from hovle_jax.data.chat import encode_conversation
+from hovle_jax.data.image import open_image
+from hovle_jax.data.pack import assemble
+from hovle_jax.data.records import Turn
+from hovle_jax.data.samples import Sample, get_template
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.demo import digits
+from hovle_jax.metrics import Progress
+
+Params = dict[str, Any]
+TEACHER_STEPS, TEACHER_BATCH, LM_STEPS = 800, 192, 850
+LM_ROWS, LM_TOKENS = 96, 28
+
+
+def _fit(
+    label: str,
+    params: Params,
+    loss: Callable[[Params, Any], jax.Array],
+    batches: Iterator[Any],
+    steps: int,
+    lr: float,
+) -> Params:
+    """AdamW with warm-up and cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, steps // 20, steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
+
+    @jax.jit
+    def step(params: Params, state: Any, batch: Any) -> tuple[Params, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = tx.init(params)
+    progress = Progress(label, steps, 100)
+    for i in range(1, steps + 1):
+        params, state, value = step(params, state, next(batches))
+        if i % 50 == 0 or i == steps:
+            progress.update(i, f"loss {float(value):.4f}")
+    return params
+
+
+def _load(paths: digits.Paths, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [n, H, W, 3], digits [n, 4]) of one split, from its files."""
+    names, labels = paths.labels(split)
+    images = [np.asarray(open_image(f"{paths.images}/{name}", name)) for name in names]
+    return np.stack(images), labels
+
+
+def _quadrants(features: jax.Array) -> jax.Array:
+    """[N, T, E] on a square grid -> [N, 4, T/4 * E], in the order of digits.CELLS."""
+    n, tokens, e = features.shape
+    half = int(tokens**0.5) // 2
+    x = features.reshape(n, 2, half, 2, half, e)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 4, -1)
+
+
+def train_teacher(config: TeacherConfig, paths: digits.Paths, seed: int) -> tuple[Params, float]:
+    """(teacher parameters, accuracy of reading digits of held-out writers)."""
+    images, labels = (
+        np.concatenate(x) for x in zip(_load(paths, "train"), _load(paths, "unpaired"), strict=True)
+    )
+    rng = np.random.default_rng((seed, 1))
+    keys = jax.random.split(jax.random.key(seed))
+    width = config.tokens_per_tile // 4 * config.out_size
+    # The head that reads the features is thrown away: only the features are the teacher.
+    head = 0.02 * jax.random.normal(keys[0], (width, 10))
+    params: Params = {"teacher": teacher.init(keys[1], config), "head": head}
+
+    def scores(params: Params, pixels: jax.Array) -> jax.Array:
+        features = teacher.apply(params["teacher"], pixels, config)["features"]
+        return _quadrants(features) @ params["head"]
+
+    def loss(params: Params, batch: Any) -> jax.Array:
+        pixels, labels = batch
+        entropy = optax.softmax_cross_entropy_with_integer_labels
+        return entropy(scores(params, pixels), labels).mean()
+
+    def batches() -> Iterator[Any]:
+        while True:
+            pick = rng.integers(len(images), size=TEACHER_BATCH)
+            yield images[pick], labels[pick]
+
+    params = _fit("vision teacher", params, loss, batches(), TEACHER_STEPS, 2e-3)
+    test, truth = _load(paths, "test")
+    guess = jax.jit(scores)(params, test).argmax(-1)
+    return params["teacher"], float((np.asarray(guess) == truth).mean())
+
+
+def _text_row(
+    values: np.ndarray, kind: str, rng: np.random.Generator, tokenizer: Tokenizer, pad: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """A text-only conversation as one row, and the place of its answer's first token."""
+    user, answer = digits.text_example(values.tolist(), kind, rng)
+    encoded = encode_conversation(
+        [Turn("user", user), Turn("assistant", answer)],
+        [],
+        tokenizer,
+        get_template("internlm2-chat"),
+        tokens_per_tile=1,
+        system="",
+    )
+    sample = Sample(encoded.ids, encoded.labels, np.zeros((0, 1, 1, 3), np.uint8))
+    row = assemble([sample], tokens=LM_TOKENS, tiles=0, image_size=1, weights="sample", pad_id=pad)
+    row.pop("pixels")
+    return row, int(np.argmax(encoded.labels >= 0))
+
+
+def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Params, float]:
+    """(decoder and text table, held-out accuracy of answering questions about textual canvases)."""
+    rng = np.random.default_rng((seed, 2))
+    kinds = (*digits.QUESTION_TYPES, "caption")
+
+    def rows(count: int, kinds: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        pairs = [
+            _text_row(
+                rng.integers(10, size=4), kinds[i % len(kinds)], rng, tokenizer, config.pad_id
+            )
+            for i in range(count)
+        ]
+        batch = {k: np.stack([row[k] for row, _ in pairs]) for k in pairs[0][0]}
+        return batch, np.array([place for _, place in pairs])
+
+    def loss(params: Params, batch: Any) -> jax.Array:
+        names = ("labels", "loss_weight", "segment_ids")
+        targets, weights = losses.next_token_weights(*(batch[n] for n in names))
+        hidden = model.language_hidden(params, batch, config)
+        head = model.head_kernel(params, config)
+        nll = losses.token_nll(hidden, head, targets, config.loss_chunk)
+        return jnp.sum(nll * weights) / jnp.sum(weights)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield rows(LM_ROWS, kinds)[0]
+
+    full = model.init(jax.random.key(seed), config)
+    params = {"embedding": {"text": full["embedding"]["text"]}, "decoder": full["decoder"]}
+    params = _fit("text-only LM", params, loss, batches(), LM_STEPS, 2e-3)
+    test, places = rows(600, digits.QUESTION_TYPES)
+    hidden = jax.jit(lambda p, b: model.language_hidden(p, b, config))(params, test)
+    every = np.arange(len(places))
+    guess = model.logits(params, hidden[every, places - 1], config).argmax(-1)
+    return params, float((np.asarray(guess) == test["input_ids"][every, places]).mean())

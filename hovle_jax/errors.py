@@ -1,0 +1,8 @@
+"""The one exception a user is meant to read: one line that says what is wrong and what to do."""
+
+
+class UserError(Exception):
+    """Bad input: a file, a row, a tensor or a config key, named, with the fix.
+
+    The command line prints it as one line and exits with status 1; nothing else is lost.
+    """

@@ -1,0 +1,76 @@
+"""Loss terms. Each returns (sum, weight) so that micro-batches and devices add up exactly.
+
+B rows   S length   E width   V vocabulary
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.config import IGNORE
+
+COSINE_EPS = 1e-6
+
+Term = tuple[jax.Array, jax.Array]  # (sum, weight), float32 scalars
+
+
+def cosine_distance(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """1 - cos over the last axis, in float32: [...]."""
+    pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
+    dot = jnp.sum(pred * target, axis=-1)
+    # rsqrt of the sum, not a norm: the gradient stays finite for a zero vector (padding).
+    norms = jnp.sum(pred**2, axis=-1) * jnp.sum(target**2, axis=-1)
+    return 1.0 - dot * jax.lax.rsqrt(norms + COSINE_EPS**2)
+
+
+def masked_sum(values: jax.Array, mask: jax.Array) -> Term:
+    mask = mask.astype(jnp.float32)
+    return jnp.sum(values * mask), jnp.sum(mask)
+
+
+def next_token_weights(
+    labels: jax.Array, loss_weight: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(targets, weights) [B, S] of predicting token i + 1 at place i.
+
+    The last place and the last token of each segment predict nothing.
+    """
+
+    def shift(x: jax.Array, fill: float) -> jax.Array:
+        return jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+
+    targets = shift(labels, IGNORE)
+    inside = (shift(segment_ids, 0) == segment_ids) & (segment_ids > 0)
+    weights = jnp.where(inside & (targets != IGNORE), shift(loss_weight, 0.0), 0.0)
+    return targets, weights.astype(jnp.float32)
+
+
+def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+    """-log p(target) per place, float32 [B, S]; 0 where the target is IGNORE.
+
+    hidden [B, S, E], head [E, V]. Only `chunk` places per row have scores at any time, forward and
+    backward: [B, S, V] is never made (92,553 words: 1.5 GB per 4,096 tokens).
+    """
+    b, s, e = hidden.shape
+    chunk = min(chunk, s)
+    pad = -s % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
+    n = (s + pad) // chunk
+    head = head.astype(hidden.dtype)
+    words = jnp.arange(head.shape[1])
+
+    @jax.checkpoint
+    def nll(x: jax.Array, t: jax.Array) -> jax.Array:
+        scores = jnp.matmul(x.reshape(-1, e), head, preferred_element_type=jnp.float32)
+        scores = scores.reshape(b, chunk, -1)
+        # Compare-and-sum: a gather over the vocabulary is slow on TPU and its gradient a scatter.
+        picked = jnp.sum(jnp.where(words == t[..., None], scores, 0.0), axis=-1)
+        return jnp.where(t == IGNORE, 0.0, jax.nn.logsumexp(scores, axis=-1) - picked)
+
+    if n == 1:
+        return nll(hidden, targets)[:, :s]
+    xs = hidden.reshape(b, n, chunk, e).swapaxes(0, 1), targets.reshape(b, n, chunk).swapaxes(0, 1)
+    _, out = jax.lax.scan(lambda _, x: (None, nll(*x)), None, xs)
+    return out.swapaxes(0, 1).reshape(b, -1)[:, :s]

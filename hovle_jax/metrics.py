@@ -1,0 +1,82 @@
+"""Metrics of a run: one JSONL row per step, and what a person watches while it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class MetricLog:
+    """`metrics.jsonl`: exactly one row per step, also across restarts."""
+
+    def __init__(self, path: str | Path, start_step: int):
+        """Rows of steps after `start_step` are dropped: a resumed run writes them again."""
+        self._path = Path(path)
+        rows = [r for r in read_metrics(self._path) if r["step"] <= start_step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        self._file = self._path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line cut short by a crash is left out."""
+    path = Path(path)
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """One updating line in a terminal, one line every `every` items otherwise."""
+
+    def __init__(
+        self, label: str, total: int, every: int, start: int = 0, out: TextIO = sys.stderr
+    ):
+        self._label, self._total, self._every, self._start = label, total, every, start
+        self._out, self._tty = out, out.isatty()
+        self._begin = time.monotonic()
+        self._last_drawn = 0.0
+        self._done = start
+
+    def update(self, done: int, text: str = "") -> None:
+        """`done` items of the total are finished."""
+        self._done = done
+        now = time.monotonic()
+        last = done >= self._total
+        if self._tty:
+            if now - self._last_drawn < 0.1 and not last:
+                return
+        elif done % self._every and not last:
+            return
+        self._last_drawn = now
+        worked = max(done - self._start, 1)
+        left = (now - self._begin) / worked * (self._total - done)
+        line = f"{self._label} {done}/{self._total}  {text}  {_clock(left)} left"
+        if self._tty:
+            self._out.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+    def advance(self, count: int) -> None:
+        self.update(self._done + count)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,245 @@
+"""HoVLE as pure functions over a nested dict of arrays.
+
+A batch is a dict. B rows, S tokens per row, N tiles per row:
+
+    input_ids     int32 [B, S]
+    segment_ids   int32 [B, S]   0 = padding; equal numbers belong to one sample   (default: all 1)
+    position_ids  int32 [B, S]   counts up from 0 inside each segment         (default: 0, 1, 2...)
+    pixels        uint8 [B, N, H, W, 3]   tiles in order of appearance; unused ones last  (optional)
+    labels        int32 [B, S]   the token itself where it is to be predicted, else IGNORE (losses)
+    loss_weight   float32 [B, S] weight of predicting that token                           (losses)
+
+The k-th tile of a row belongs to its k-th run of `tokens_per_tile` `<IMG_CONTEXT>` tokens.
+
+Generation uses one cache per stack, because 'post' models keep two lengths:
+
+    cache = {"embedding": {"k", "v" [L, B, M, K, D]}, "decoder": {...},
+             "lengths": {"embedding": int32 [B], "decoder": int32 [B]}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.attention import causal_mask
+from hovle_jax.config import LayersConfig, ModelConfig
+from hovle_jax.decoder import Decoder
+from hovle_jax.embedding import HolisticEmbedding, Stream, long_stream, short_stream
+from hovle_jax.layers import LayerInputs, axis_names, rope_tables
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]
+Cache = dict[str, Any]
+
+
+class HoVLE(nn.Module):
+    config: ModelConfig
+    keep_cache: bool = False
+    keep_hidden: bool = False
+    cached: bool = False
+
+    def setup(self) -> None:
+        flags = (self.keep_cache, self.keep_hidden, self.cached)
+        self.embedding = HolisticEmbedding(self.config, *flags)
+        self.decoder = Decoder(self.config, *flags)
+
+    def embed(self, batch: Batch, cache_len: int = 0) -> tuple[jax.Array, Stream, dict[str, Any]]:
+        """Batch -> (LLM input [B, S, E], the short stream, extras)."""
+        c = self.config
+        short = _short(batch)
+        pixels = batch.get("pixels")
+        stream = short
+        if c.shuffle_loc == "post":
+            stream = long_stream(short, 0 if pixels is None else pixels.shape[1], c)
+        capacity = cache_len and cache_len + stream.ids.shape[1] - short.ids.shape[1]
+        x, extras = self.embedding(
+            short, stream, _layer_inputs(stream, c.embedding, capacity), pixels
+        )
+        return x, short, extras | {"lengths": _lengths(stream), "capacity": capacity}
+
+    def __call__(self, batch: Batch, cache_len: int = 0) -> tuple[jax.Array, dict[str, Any]]:
+        """Batch -> (hidden states after the final norm [B, S, E], extras of both stacks).
+
+        `cache_len` > 0: the sequence is a prompt that will grow to that many tokens at most.
+        """
+        x, short, embed_extras = self.embed(batch, cache_len)
+        inputs = _layer_inputs(short, self.config.decoder, cache_len)
+        hidden, extras = self.decoder(x, inputs)
+        extras |= {"lengths": _lengths(short), "capacity": cache_len}
+        return hidden, {"embeddings": x, "embedding": embed_extras, "decoder": extras}
+
+    def language(self, batch: Batch) -> jax.Array:
+        """The LLM by itself, reading its own text table: hidden states [B, S, E]."""
+        short = _short(batch)
+        x = self.embedding.text(short.ids)
+        return self.decoder(x, _layer_inputs(short, self.config.decoder))[0]
+
+    def extend(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Text ids [B, S] appended to a cache -> (hidden [B, S, E], the cache, extended)."""
+        # One text token is one place in either stream, whatever came before it.
+        stream, inputs = _cached_inputs(ids, "embedding", self.config.embedding, cache)
+        x, e = self.embedding(stream, stream, inputs, None, cache["embedding"])
+        _, inputs = _cached_inputs(ids, "decoder", self.config.decoder, cache)
+        hidden, d = self.decoder(x, inputs, cache["decoder"])
+        lengths = {k: v + ids.shape[1] for k, v in cache["lengths"].items()}
+        return hidden, {"embedding": e["cache"], "decoder": d["cache"], "lengths": lengths}
+
+
+def _short(batch: Batch) -> Stream:
+    ids = batch["input_ids"]
+    segments, positions = batch.get("segment_ids"), batch.get("position_ids")
+    if segments is None:
+        segments = jnp.ones_like(ids)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
+    return short_stream(ids, segments, positions)
+
+
+def _lengths(stream: Stream) -> jax.Array:
+    """Tokens up to and including the last that is not padding, [B]."""
+    index = jnp.arange(1, stream.ids.shape[1] + 1)
+    return jnp.max(jnp.where(stream.segment_ids > 0, index, 0), axis=1)
+
+
+def _layer_inputs(stream: Stream, config: LayersConfig, capacity: int = 0) -> LayerInputs:
+    lengths = None
+    if (
+        config.rope_scaling == "dynamic"
+        and max(stream.ids.shape[1], capacity) > config.max_positions
+    ):
+        # A growing sequence is rotated once, for the length it may reach: a cache keeps rotated
+        # keys, so the table cannot follow the length step by step.
+        lengths = jnp.full_like(stream.ids, capacity) if capacity else _segment_lengths(stream)
+    cos, sin = rope_tables(stream.position_ids, config, lengths)
+    s, p = stream.segment_ids, stream.position_ids
+    return LayerInputs(cos, sin, causal_mask(s, s, p, p))
+
+
+def _segment_lengths(stream: Stream) -> jax.Array:
+    """Length of the segment each token belongs to, [B, S]."""
+
+    def row(segments: jax.Array, positions: jax.Array) -> jax.Array:
+        last = jax.ops.segment_max(positions, segments, num_segments=segments.shape[0] + 1)
+        return last[segments] + 1
+
+    return jax.vmap(row)(stream.segment_ids, stream.position_ids)
+
+
+def _cached_inputs(
+    ids: jax.Array, stack: str, config: LayersConfig, cache: Cache
+) -> tuple[Stream, LayerInputs]:
+    """A cache slot is its token's position, so 'not later' also hides slots not yet written."""
+    starts, capacity = cache["lengths"][stack], cache[stack]["k"].shape[2]
+    positions = starts[:, None] + jnp.arange(ids.shape[1])
+    stream = short_stream(ids, jnp.ones_like(ids), positions)
+    inputs = _layer_inputs(stream, config, capacity)
+    slots = jnp.broadcast_to(jnp.arange(capacity), (ids.shape[0], capacity))
+    mask = causal_mask(stream.segment_ids, jnp.ones_like(slots), positions, slots)
+    return stream, LayerInputs(inputs.cos, inputs.sin, mask, starts)
+
+
+# Pure functions: everything outside this file and its modules uses only these.
+
+
+def init(rng: jax.Array, config: ModelConfig) -> Params:
+    """Random parameters, float32, as a nested dict (initialisation: spec 4.7)."""
+    return nn.unbox(_boxed_init(rng, config))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The same tree as shapes and dtypes, without computing anything."""
+    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """The same tree with each array's axis names, as `sharding.RULES` knows them."""
+    boxed = jax.eval_shape(functools.partial(_boxed_init, config=config), jax.random.key(0))
+    return axis_names(boxed)
+
+
+def _boxed_init(rng: jax.Array, config: ModelConfig) -> Params:
+    tile = jnp.zeros((1, 1, config.image_size, config.image_size, 3), jnp.uint8)
+    ids = jnp.full((1, config.tokens_per_tile), config.img_context_id, jnp.int32)
+    return HoVLE(config).init(rng, {"input_ids": ids, "pixels": tile})["params"]
+
+
+def _run(module: HoVLE, params: Params, *args: Any, method: str = "__call__") -> Any:
+    return module.apply({"params": params}, *args, method=method)
+
+
+def embed(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """Output of the holistic embedding module, the LLM's input: [B, S, E].
+
+    Needs only params["embedding"] (stage I holds no LLM).
+    """
+    return _run(HoVLE(config), params, batch, method="embed")[0]
+
+
+def hidden(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """The LLM's hidden states after its final norm: [B, S, E]; `logits` turns them into scores."""
+    return _run(HoVLE(config), params, batch)[0]
+
+
+def language_hidden(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """As `hidden`, without the holistic embedding: the LLM as it was before HoVLE."""
+    return _run(HoVLE(config), params, batch, method="language")
+
+
+def head_kernel(params: Params, config: ModelConfig) -> jax.Array:
+    """[E, V]: the LLM head, or the transposed text table when they are tied."""
+    if config.tie_head:
+        return params["embedding"]["text"]["table"].T
+    return params["decoder"]["head"]["kernel"]
+
+
+def logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Hidden [..., E] -> float32 scores [..., V]."""
+    return (x @ head_kernel(params, config).astype(x.dtype)).astype(jnp.float32)
+
+
+def apply(
+    params: Params, batch: Batch, config: ModelConfig, *, keep_hidden: bool = False
+) -> dict[str, Any]:
+    """{"logits" float32 [B, S, V], "hidden" [B, S, E], "embeddings" [B, S, E]}.
+
+    `keep_hidden` adds every named intermediate under "embedding" and "decoder" (each layer's
+    output as [L, B, S, E] under "hidden").
+    """
+    x, extras = _run(HoVLE(config, keep_hidden=keep_hidden), params, batch)
+    out = {"logits": logits(params, x, config), "hidden": x, "embeddings": extras["embeddings"]}
+    return out | {k: extras[k] for k in ("embedding", "decoder")} if keep_hidden else out
+
+
+def prefill(
+    params: Params, batch: Batch, config: ModelConfig, cache_len: int
+) -> tuple[jax.Array, Cache]:
+    """Prompts -> (scores of each one's next token, float32 [B, V]; cache for `cache_len` tokens).
+
+    Rows may have different lengths: padded on the right, segment id 0 there.
+    """
+    model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True)
+    x, extras = _run(model, params, batch, cache_len)
+    cache: Cache = {"lengths": {}}
+    for stack in ("embedding", "decoder"):
+        extra = extras[stack]
+        length = extra["cache"]["k"].shape[2]
+        pad = [(0, 0), (0, 0), (0, extra["capacity"] - length), (0, 0), (0, 0)]
+        cache[stack] = {k: jnp.pad(v, pad) for k, v in extra["cache"].items()}
+        cache["lengths"][stack] = extra["lengths"]
+    last = jnp.take_along_axis(x, cache["lengths"]["decoder"][:, None, None] - 1, axis=1)[:, 0]
+    return logits(params, last, config), cache
+
+
+def decode_step(
+    params: Params, tokens: jax.Array, cache: Cache, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
+    """One text token per row, int32 [B] -> (scores of the next, float32 [B, V]; cache)."""
+    model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True, cached=True)
+    x, cache = _run(model, params, tokens[:, None], cache, method="extend")
+    return logits(params, x[:, 0], config), cache

@@ -1,0 +1,95 @@
+"""Mesh axes and the one table that says which array axis lies on which mesh axis.
+
+Layers name the axes of their parameters and activations (`embed`, `heads`, ...); RULES maps those
+names to mesh axes. Nothing else in the project mentions a mesh axis.
+
+    data    batch only: parameters replicated (the axis that crosses slices)
+    fsdp    batch, and every parameter split along its width
+    tensor  heads, MLP width and vocabulary split inside each layer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hovle_jax.config import MeshConfig
+from hovle_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "layers": (),  # the scanned axis of a stack
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "patch": (),
+    "norm": (),
+    # activations
+    "batch": BATCH_AXES,
+    "length": (),
+    "act_embed": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of them), sized by `config`."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, a) for a in AXES]
+    if sizes.count(-1) > 1:
+        raise UserError("mesh: only one of data, fsdp, tensor may be -1")
+    known = math.prod(s for s in sizes if s != -1)
+    if known < 1 or len(devices) % known:
+        raise UserError(f"mesh: {sizes} does not divide {len(devices)} devices")
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"mesh: {sizes} needs {math.prod(sizes)} devices, found {len(devices)}")
+    grid = np.asarray(devices, dtype=object).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Axis names -> PartitionSpec; an axis that a mesh axis does not divide stays whole."""
+    entries: list[Any] = []
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = RULES[name] if name else ()
+        ways = math.prod(mesh.shape[a] for a in mesh_axes)
+        entries.append(mesh_axes if ways > 1 and size % ways == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Trees of axis-name tuples and of shapes -> tree of NamedSharding."""
+    return jax.tree.map(
+        lambda s, a: NamedSharding(mesh, spec(a, s.shape, mesh)),
+        shapes,
+        axes,
+        is_leaf=lambda x: hasattr(x, "shape"),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch spread over every data-parallel device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of an activation under `jax.set_mesh`; without a mesh, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

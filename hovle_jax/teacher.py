@@ -1,0 +1,157 @@
+"""Stage I's vision teacher: InternViT, pixel shuffle and mlp1 into the LLM's input space.
+
+The tensors and the arithmetic are InternVL2's (spec section 7): pre-norm layers with LayerScale and
+full attention, no final norm, class token dropped, then LayerNorm - linear - GELU - linear.
+
+    ... leading axes   P patches   T tokens per tile   C teacher width   E LLM width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hovle_jax.attention import attend
+from hovle_jax.config import TeacherConfig
+from hovle_jax.embedding import normalize_pixels, patchify, pixel_shuffle, resize_positions
+from hovle_jax.layers import Linear, RMSNorm, axis_names, named
+
+MLP1_EPS = 1e-5  # torch's LayerNorm default, whatever the tower's own epsilon is
+
+
+def _layer_norm(eps: float, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=eps,
+        name=name,
+        scale_init=named(nn.initializers.ones, "norm"),
+        bias_init=named(nn.initializers.zeros, "norm"),
+    )
+
+
+class LayerScale(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = named(nn.initializers.constant(0.1), "norm")
+        return x * self.param("scale", init, (x.shape[-1],), jnp.float32).astype(x.dtype)
+
+
+class TeacherLayer(nn.Module):
+    config: TeacherConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        c = self.config
+        heads, size = c.num_heads, c.hidden_size // c.num_heads
+
+        def norm(name: str) -> Any:
+            return (
+                RMSNorm(c.norm_eps, name=name) if c.norm == "rms" else _layer_norm(c.norm_eps, name)
+            )
+
+        def project(name: str) -> jax.Array:
+            axes = ("embed", "heads", "head_dim")
+            z = Linear((heads, size), axes, c.initializer_range, bias=c.qkv_bias, name=name)(y)
+            if c.qk_norm and name != "v":  # over the full width, not per head
+                z = RMSNorm(c.norm_eps, name=f"{name}_norm")(z.reshape(*z.shape[:-2], -1))
+            return z.reshape(*z.shape[:2], heads, size)
+
+        y = norm("norm1")(x).astype(x.dtype)
+        everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
+        y = attend(project("q"), project("k"), project("v"), everything)
+        y = Linear(
+            (c.hidden_size,),
+            ("heads", "head_dim", "embed"),
+            c.initializer_range,
+            bias=True,
+            name="o",
+        )(y)
+        x = x + LayerScale(name="ls1")(y)
+        y = norm("norm2")(x).astype(x.dtype)
+        y = Linear(
+            (c.intermediate_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1"
+        )(y)
+        y = jax.nn.gelu(y, approximate=False)
+        y = Linear((c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2")(
+            y
+        )
+        return x + LayerScale(name="ls2")(y), None
+
+
+class Teacher(nn.Module):
+    config: TeacherConfig
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> dict[str, jax.Array]:
+        """[N, H, W, 3] -> {"hidden" [N, 1 + P, C], "features" [N, T, E]}."""
+        c = self.config
+        x = patchify(normalize_pixels(pixels, c.dtype), c.patch_size)
+        axes = ("patch", "patch", "patch", "embed")
+        x = Linear((c.hidden_size,), axes, c.initializer_range, bias=True, name="patch")(x)
+        init = named(nn.initializers.normal(c.initializer_range), "patch", "embed")
+        class_token = self.param("class", init, (1, c.hidden_size), jnp.float32)
+        table = self.param("position", init, (c.grid**2 + 1, c.hidden_size), jnp.float32)
+        grid = (pixels.shape[-3] // c.patch_size, pixels.shape[-2] // c.patch_size)
+        positions = jnp.concatenate([table[:1], resize_positions(table[1:], grid)])
+        cls = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
+        x = jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
+        layers = nn.scan(
+            TeacherLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            metadata_params={"name": "layers"},
+        )
+        x, _ = layers(c, name="layers")(x, None)
+        return {"hidden": x, "features": self._mlp1(x[:, 1:])}
+
+    def _mlp1(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = pixel_shuffle(x, c.shuffle, c.shuffle_version)
+        x = _layer_norm(MLP1_EPS, "mlp1_norm")(x).astype(x.dtype)
+        x = Linear(
+            (c.out_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="mlp1_fc1"
+        )(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return Linear(
+            (c.out_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="mlp1_fc2"
+        )(x)
+
+
+def init(rng: jax.Array, config: TeacherConfig) -> dict[str, Any]:
+    """Random parameters, float32, as a nested dict."""
+    return nn.unbox(_boxed_init(rng, config))
+
+
+def abstract_params(config: TeacherConfig) -> dict[str, Any]:
+    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+
+
+def param_axes(config: TeacherConfig) -> dict[str, Any]:
+    """Axis names of every parameter, as `sharding.RULES` knows them."""
+    boxed = jax.eval_shape(functools.partial(_boxed_init, config=config), jax.random.key(0))
+    return axis_names(boxed)
+
+
+def _boxed_init(rng: jax.Array, config: TeacherConfig) -> dict[str, Any]:
+    tile = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8)
+    return Teacher(config).init(rng, tile)["params"]
+
+
+def apply(params: dict[str, Any], pixels: jax.Array, config: TeacherConfig) -> dict[str, jax.Array]:
+    """pixels [..., H, W, 3] uint8 -> {"hidden" [..., 1 + P, C], "features" [..., T, E]}.
+
+    Only the layers up to `select_layer` run (-1: all of them, -2: all but the last, ...).
+    """
+    lead = pixels.shape[:-3]
+    used = config.num_layers + 1 + config.select_layer
+    params = params | {"layers": jax.tree.map(lambda x: x[:used], params["layers"])}
+    config = dataclasses.replace(config, num_layers=used)
+    flat = pixels.reshape(-1, *pixels.shape[-3:])
+    out: Any = Teacher(config).apply({"params": params}, flat)
+    return {k: v.reshape(*lead, *v.shape[1:]) for k, v in out.items()}

@@ -1,0 +1,186 @@
+"""The main loop: one stage, from its sources or its last checkpoint to its last step.
+
+mesh -> shapes -> shardings -> restore or initialise -> (batch -> step -> metrics -> save)*
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hovle_jax import sharding
+from hovle_jax.checkpoint import (
+    Checkpoints,
+    open_stored,
+    read_config,
+    read_params,
+    write_config,
+    write_tree,
+)
+from hovle_jax.config import RunConfig, to_dict
+from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
+from hovle_jax.initialize import initial_params, placed, teacher_params, with_sharding
+from hovle_jax.metrics import MetricLog, Progress
+from hovle_jax.optim import make_optimizer
+from hovle_jax.stages import Stage, get_stage
+from hovle_jax.train_step import (
+    TrainState,
+    jit_step,
+    new_state,
+    stage_shapes,
+    state_shapes,
+    state_shardings,
+    trainable_regex,
+)
+from hovle_jax.tree import split, unflatten
+
+Params = dict[str, Any]
+
+
+class Preempted(Exception):
+    """SIGTERM arrived; a checkpoint was saved and the same command continues from it."""
+
+
+def train(config: RunConfig, workdir: str | Path, *, quiet: bool = False) -> dict[str, float]:
+    """Runs the stage of `config` in `workdir`, resuming what is there; returns the last metrics."""
+    stage = get_stage(config.stage)
+    workdir = Path(workdir)
+    _check_same_run(config, workdir)
+    if not config.data.tokenizer:
+        raise UserError("config.data.tokenizer: needs a tokenizer directory")
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    checkpoints = Checkpoints(workdir, config.keep)
+    with jax.set_mesh(mesh):
+        state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
+        tokenizer.save(workdir / "tokenizer")
+        teach = teacher_params(config, mesh) if stage.teacher else {}
+        step_fn = jit_step(config, mesh)
+        pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer)
+        batches = pipeline.batches(cursor, host=jax.process_index(), hosts=jax.process_count())
+        log = MetricLog(workdir / "metrics.jsonl", int(state.step))
+        progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
+        place = sharding.batch_sharding(mesh)
+        reporter = _Reporter(log, None if quiet else progress)
+        with _sigterm() as terminated:
+            for step in range(int(state.step) + 1, config.steps + 1):
+                begin = time.monotonic()
+                host_batch, cursor = next(batches)
+                waited = time.monotonic() - begin
+                batch = _to_device(host_batch, place)
+                state, metrics = step_fn(state, frozen, teach, batch)
+                reporter.dispatched(step, metrics, waited)
+                due = config.save_every and step % config.save_every == 0
+                if due or step == config.steps or terminated:
+                    checkpoints.save(state, cursor)
+                if terminated and step < config.steps:
+                    break
+        last = reporter.finish()
+        log.close()
+        checkpoints.close()
+        if terminated and int(state.step) < config.steps:
+            raise Preempted(f"saved step {int(state.step)} in {workdir}")
+        return last
+
+
+def _check_same_run(config: RunConfig, workdir: Path) -> None:
+    """A work directory belongs to one run: the same stage, model and optimizer shapes."""
+    if not (workdir / "config.json").is_file():
+        return
+    stored = read_config(workdir)
+    if not isinstance(stored, RunConfig):
+        raise UserError(f"{workdir}: is a model directory, not the work directory of a run")
+    for name in ("stage", "model", "trainable", "seed"):
+        old, new = to_dict(getattr(stored, name)), to_dict(getattr(config, name))
+        if old != new:
+            raise UserError(
+                f"{workdir}: belongs to a run with another config.{name}; use a new --workdir"
+            )
+
+
+def _start(
+    config: RunConfig,
+    stage: Stage,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    workdir: Path,
+) -> tuple[TrainState, Params, Cursor]:
+    """(state, frozen parameters, data cursor) from the last checkpoint, or from config.init."""
+    shardings = state_shardings(config, mesh)
+    trainable_shapes, frozen_shapes = stage_shapes(config)
+    step = checkpoints.latest()
+    if step is not None:
+        shapes = jax.tree.map(with_sharding, state_shapes(config), shardings)
+        state, cursor = checkpoints.restore(step, shapes)
+        frozen = read_params(open_stored(workdir), placed(config, frozen_shapes, mesh))
+        return state, unflatten(frozen), cursor
+    params = initial_params(config, stage, mesh)
+    trainable, frozen = split(params, trainable_regex(config))
+    write_config(workdir, config)
+    if frozen:
+        write_tree(workdir / "frozen", frozen)
+    tx = make_optimizer(config.optim, config.steps, trainable_shapes)
+    state = jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(trainable)
+    return state, frozen, START
+
+
+def _to_device(batch: HostBatch, where: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
+    make = jax.make_array_from_process_local_data
+    return {k: make(where, np.asarray(v)) for k, v in batch.items()}
+
+
+class _Reporter:
+    """Reads the metrics of a step only after the next one is under way."""
+
+    def __init__(self, log: MetricLog, progress: Progress | None):
+        self._log, self._progress = log, progress
+        self._pending: tuple[int, Any, float] | None = None
+        self._last: dict[str, float] = {}
+        self._clock = time.monotonic()
+
+    def dispatched(self, step: int, metrics: Any, waited: float) -> None:
+        self._flush()
+        self._pending = (step, metrics, waited)
+
+    def finish(self) -> dict[str, float]:
+        self._flush()
+        return self._last
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics, waited = self._pending
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        row = {"step": step} | values | {"step_seconds": seconds, "data_wait_seconds": waited}
+        row["tokens_per_second"] = values["tokens"] / seconds
+        self._log.write(row)
+        self._last, self._pending = row, None
+        if self._progress is not None:
+            text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+            self._progress.update(step, text)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[bool]]:
+    """A list that becomes non-empty when SIGTERM arrives (only the main thread can listen)."""
+    received: list[bool] = []
+    try:
+        old = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    except ValueError:
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,187 @@
+"""One optimizer step as a jitted function of (state, frozen parameters, batch).
+
+Frozen parameters are a separate argument: they are never differentiated, have no optimizer state,
+are not donated and not returned, so they cannot move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hovle_jax import model, sharding, teacher
+from hovle_jax.config import RunConfig
+from hovle_jax.optim import make_optimizer, make_schedule
+from hovle_jax.stages import Stage, get_stage
+from hovle_jax.tree import flatten, merge, split, unflatten
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: jax.Array  # int32: optimizer steps done
+    skipped: jax.Array  # int32: of those, steps left out because they were not finite
+    params: Params  # the trainable ones
+    opt_state: optax.OptState
+
+
+def trainable_regex(config: RunConfig) -> str:
+    return config.trainable or get_stage(config.stage).trainable
+
+
+def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
+    """(trainable, frozen) trees of shapes: what the stage reads of the model, nothing more."""
+    stage = get_stage(config.stage)
+    shapes = model.abstract_params(config.model)
+    return split({part: shapes[part] for part in stage.parts}, trainable_regex(config))
+
+
+def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
+    """Shardings of any subtree of the model's parameters."""
+    axes = flatten(model.param_axes(config.model))
+    flat = {
+        path: jax.sharding.NamedSharding(mesh, sharding.spec(axes[path], x.shape, mesh))
+        for path, x in flatten(shapes).items()
+    }
+    return unflatten(flat)
+
+
+def teacher_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> Params:
+    axes, shapes = teacher.param_axes(config.teacher), teacher.abstract_params(config.teacher)
+    return sharding.tree_shardings(axes, shapes, mesh)
+
+
+def state_shapes(config: RunConfig) -> TrainState:
+    trainable, _ = stage_shapes(config)
+    tx = make_optimizer(config.optim, config.steps, trainable)
+    return jax.eval_shape(functools.partial(new_state, tx=tx), trainable)
+
+
+def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    # Two arrays, not one: both are donated, and a buffer can be donated only once.
+    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Optimizer moments lie where their parameters lie; counters are replicated."""
+    shapes = state_shapes(config)
+    by_path = flatten(param_shardings(config, shapes.params, mesh))
+
+    def place(path: Any, x: Any) -> jax.sharding.NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for param, where in by_path.items():
+            if name.endswith("/" + param):
+                return where
+        return sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def make_loss(config: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """(trainable, frozen, teacher params, batch, total weights) -> (loss, {term: its share})."""
+    stage = get_stage(config.stage)
+
+    def loss(
+        trainable: Params, frozen: Params, teacher_params: Params, batch: Any, weights: Metrics
+    ) -> tuple[jax.Array, Metrics]:
+        terms = stage.terms(merge(frozen, trainable), teacher_params, batch, config)
+        shares = {k: total / jnp.maximum(weights[k], 1e-6) for k, (total, _) in terms.items()}
+        return jnp.sum(jnp.stack(list(shares.values()))), shares
+
+    return loss
+
+
+def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, frozen, teacher params, batch) -> (state, metrics). Pure; `jit_step` compiles it."""
+    stage = get_stage(config.stage)
+    trainable, _ = stage_shapes(config)
+    tx = make_optimizer(config.optim, config.steps, trainable)
+    schedule = make_schedule(config.optim, config.steps)
+    grad_fn = jax.value_and_grad(make_loss(config), has_aux=True)
+
+    def step(
+        state: TrainState, frozen: Params, teacher_params: Params, batch: Any
+    ) -> tuple[TrainState, Metrics]:
+        # Weights depend on the batch alone, so every micro-batch can divide by the whole's.
+        weights = stage.weights(batch, config)
+        grads = functools.partial(_gradients, grad_fn, config.optim.accumulate)
+        loss, terms, gradient = grads(state.params, frozen, teacher_params, batch, weights)
+        norm = optax.global_norm(gradient)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        skipped = state.skipped
+        if config.optim.skip_nonfinite:
+            ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(ok, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
+            skipped = skipped + (~ok).astype(jnp.int32)
+        metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
+        metrics |= {f"loss/{k}": v for k, v in terms.items()}
+        metrics |= _fill(batch, stage, config)
+        return TrainState(state.step + 1, skipped, params, opt_state), metrics
+
+    return step
+
+
+def _gradients(
+    grad_fn: Any, accumulate: int, params: Params, frozen: Params, teach: Params, batch: Any, w: Any
+) -> tuple[jax.Array, Metrics, Params]:
+    """(loss, terms, gradient) of the whole batch, in `accumulate` parts of its rows."""
+    if accumulate == 1:
+        (loss, terms), grads = grad_fn(params, frozen, teach, batch, w)
+        return loss, terms, grads
+
+    def part(x: jax.Array) -> jax.Array:
+        # Strided, so that each part keeps its rows on the devices that already hold them.
+        return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, frozen, teach, micro, w)), None
+
+    parts = jax.tree.map(part, batch)
+    first = jax.eval_shape(grad_fn, params, frozen, teach, jax.tree.map(lambda x: x[0], parts), w)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    ((loss, terms), grads), _ = jax.lax.scan(add, zeros, parts)
+    return loss, terms, grads
+
+
+def _fill(batch: Any, stage: Stage, config: RunConfig) -> Metrics:
+    """How much of the static shape is real: users tune data.tokens and data.tiles by these."""
+    segments, ids = batch["segment_ids"], batch["input_ids"]
+    image_tokens = jnp.sum((ids == config.model.img_context_id) & (segments > 0))
+    out = {"tokens": jnp.sum(segments > 0), "tiles": image_tokens // config.model.tokens_per_tile}
+    out["token_fill"] = out["tokens"] / segments.size
+    if "pixels" in batch:
+        b, n = batch["pixels"].shape[:2]
+        out["tile_fill"] = out["tiles"] / (b * n)
+    return out
+
+
+def jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """The compiled step for `mesh`; call it under `jax.set_mesh(mesh)`. Donates the state."""
+    _, frozen = stage_shapes(config)
+    state = state_shardings(config, mesh)
+    teach = teacher_shardings(config, mesh) if get_stage(config.stage).teacher else {}
+    return jax.jit(
+        make_step(config),
+        donate_argnums=0,
+        in_shardings=(
+            state,
+            param_shardings(config, frozen, mesh),
+            teach,
+            sharding.batch_sharding(mesh),
+        ),
+        out_shardings=(state, sharding.replicated(mesh)),
+    )

@@ -1,0 +1,142 @@
+"""Tiling against what the reference computed (Pillow 12.1) and against the published grid table."""
+
+import hashlib
+import io
+import json
+import pathlib
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image
+
+from hovle_jax.data import image as image_lib
+from hovle_jax.errors import UserError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "preproc"
+IMAGES = json.loads((GOLDEN / "preproc.json").read_text())["images"]
+
+# (width, height): grid for at most 6 tiles, for at most 12 tiles.
+VECTORS = {
+    (800, 1300): ((2, 3), (2, 3)),
+    (448, 448): ((1, 1), (1, 1)),
+    (640, 480): ((3, 2), (4, 3)),
+    (1000, 1000): ((2, 2), (3, 3)),
+    (1920, 1080): ((2, 1), (4, 2)),
+    (1344, 896): ((3, 2), (3, 2)),
+    (300, 200): ((3, 2), (3, 2)),
+    (2000, 2000): ((2, 2), (3, 3)),
+    (4000, 3000): ((3, 2), (4, 3)),
+    (100, 1000): ((1, 6), (1, 10)),
+}
+
+
+def sha256(pixels: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def encoded(image: Image.Image, image_format: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, image_format)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("size", VECTORS)
+def test_choose_grid_vectors(size):
+    got = tuple(image_lib.choose_grid(*size, 448, 1, max_tiles) for max_tiles in (6, 12))
+    assert got == VECTORS[size]
+
+
+def test_choose_grid_exactly_half_full_is_not_enough():
+    """24.5 is as near to 24 as to 25, and 980 * 40 is half the pixels of 25 tiles."""
+    assert image_lib.choose_grid(980, 40, 56, 1, 25) == (24, 1)
+    assert image_lib.choose_grid(1029, 42, 56, 1, 25) == (25, 1)
+
+
+def test_choose_grid_full_table():
+    table = np.load(GOLDEN / "grid_table.npz")
+    for image_size in (448, 56):
+        got = [
+            [
+                image_lib.choose_grid(w, h, image_size, lo, hi)
+                for lo, hi in table["settings"].tolist()
+            ]
+            for w, h in table["wh"].tolist()
+        ]
+        np.testing.assert_array_equal(got, table[f"choice_{image_size}"])
+
+
+@pytest.mark.parametrize("max_tiles, count", [(6, 14), (12, 35), (24, 84), (27, 95), (40, 158)])
+def test_number_of_candidate_grids(max_tiles, count):
+    assert len(image_lib._grids(1, max_tiles)) == count
+
+
+def test_impossible_tile_limits():
+    with pytest.raises(UserError, match="min_tiles=3, max_tiles=2"):
+        image_lib.choose_grid(10, 10, 448, 3, 2)
+    with pytest.raises(UserError, match="min_tiles=0"):
+        image_lib.choose_grid(10, 10, 448, 0, 2)
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case["file"])
+def test_tiles_equal_the_reference(case):
+    path = str(GOLDEN / case["file"])
+    image = image_lib.open_image(path, "row")
+    assert image_lib.image_size_of(path, "row") == image.size == (case["width"], case["height"])
+    assert sha256(np.asarray(image)) == case["rgb_sha256"]
+    for run in case["runs"]:
+        tiling = {
+            "image_size": run["image_size"],
+            "min_tiles": run["min_num"],
+            "max_tiles": run["max_num"],
+        }
+        tiles = image_lib.tile_image(image, **tiling, thumbnail=True)
+        assert tiles.dtype == np.uint8
+        assert [sha256(tile) for tile in tiles] == run["u8_tile_sha256"]
+        count = image_lib.count_tiles(*image.size, **tiling, thumbnail=True)
+        assert count == len(tiles) == run["tiles_thumb"]
+        bare = image_lib.tile_image(image, **tiling, thumbnail=False)
+        np.testing.assert_array_equal(bare, tiles[: run["tiles_no_thumb"]])
+        count = image_lib.count_tiles(*image.size, **tiling, thumbnail=False)
+        assert count == len(bare) == run["cols"] * run["rows"]
+
+
+def test_resize_passes_are_pillows_own():
+    """Where one axis keeps its size no Pillow has an order to choose; before 13 none ever did."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 91, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    both_axes = [(91, 5), (40, 20), (200, 7)] if int(PIL.__version__.split(".")[0]) < 13 else []
+    for size in ((40, 37), (91, 64), *both_axes):
+        expected = image.resize(size, Image.Resampling.BICUBIC)
+        assert image_lib.resize(image, *size).tobytes() == expected.tobytes()
+
+
+def test_transparency_is_dropped_not_blended():
+    rgba = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
+    image = image_lib.open_image(encoded(rgba, "PNG"), "row")
+    assert image.mode == "RGB"
+    assert image.getpixel((3, 1)) == (10, 20, 30)
+
+
+def test_missing_image():
+    for read in (image_lib.open_image, image_lib.image_size_of):
+        with pytest.raises(UserError, match=r"^a.jsonl:3: image file not found: no/such.png$"):
+            read("no/such.png", "a.jsonl:3")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_truncated_image_names_file_and_row(tmp_path, image_format):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(pixels), image_format)
+    path = tmp_path / "cut.img"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"^a.jsonl:3: cannot read image .*cut.img \(.*truncated"):
+        image_lib.open_image(str(path), "a.jsonl:3")
+    # The header is intact, so the size is known: only decoding finds out.
+    assert image_lib.image_size_of(str(path), "a.jsonl:3") == (64, 64)
+
+
+def test_not_an_image():
+    for read in (image_lib.open_image, image_lib.image_size_of):
+        with pytest.raises(UserError, match=r"^a.jsonl:3: .* 5 embedded bytes .*not an image"):
+            read(b"hello", "a.jsonl:3")
