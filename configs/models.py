@@ -8,6 +8,7 @@ tiny       the same shape in miniature, for trying a pipeline on a laptop
 import dataclasses
 
 from hovle_jax.config import LayersConfig, ModelConfig, TeacherConfig
+from hovle_jax.errors import UserError
 
 RELEASED = LayersConfig(rope_scaling="dynamic", rope_factor=2.0)
 SMALL = LayersConfig(
@@ -48,3 +49,8 @@ TEACHERS = {
         dtype="float32",
     ),
 }
+
+
+def check(variant: str) -> None:
+    if variant not in MODELS:
+        raise UserError(f"--config: variant {variant!r} is not one of {', '.join(MODELS)}")

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig, from_dict, to_dict
 from hovle_jax.data.pipeline import Cursor
@@ -109,9 +110,8 @@ def latest_step(workdir: str | Path) -> int | None:
 def _open_tree(path: Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(f"{path}: missing; the directory is not complete")
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata: Any = checkpointer.metadata(path.absolute())
-    return path, flatten(dict(metadata.item_metadata.tree))
+    metadata: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute()))
+    return path, flatten(dict(metadata.tree))
 
 
 def read_params(stored: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
     module_spec = importlib.util.spec_from_file_location("hovle_config", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # configs share files beside them
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     config = module.get_config(variant) if variant else module.get_config()
     for override in overrides:
         _override(config, override)

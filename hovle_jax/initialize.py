@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from hovle_jax import model, teacher
-from hovle_jax.checkpoint import open_stored, read_params
+from hovle_jax.checkpoint import open_stored, read_config, read_params
 from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.stages import Stage
@@ -32,6 +32,25 @@ def placed(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> dict[s
     return {k: with_sharding(x, where[k]) for k, x in flatten(shapes).items()}
 
 
+def check_order(config: RunConfig, stage: Stage) -> None:
+    """Refuses to start a stage from anything but the result of the stage before it."""
+    previous = config.init.previous
+    if config.init.scratch or not stage.after:
+        return
+    if not previous:
+        raise UserError(
+            f"config.init.previous: stage {stage.name!r} starts from the work directory of stage "
+            f"{stage.after!r}; set it, or set config.init.scratch=True to start without"
+        )
+    stored = read_config(previous)
+    if not isinstance(stored, RunConfig) or stored.stage != stage.after:
+        found = f"stage {stored.stage!r}" if isinstance(stored, RunConfig) else "no work directory"
+        raise UserError(
+            f"config.init.previous: {previous} is {found}, but stage {stage.name!r} starts from "
+            f"{stage.after!r} (config.init.scratch=True skips this check)"
+        )
+
+
 def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> Params:
     """Parameters the stage reads, from the sources of config.init, each in its own shards."""
     source = config.init
@@ -45,28 +64,15 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
         llm = {k: v for k, v in wanted.items() if k.startswith(("decoder/", "embedding/text/"))}
         found |= read_params(stored, llm)
     if source.previous:
-        stored = open_stored(source.previous)
-        if not isinstance(stored.config, RunConfig):
-            raise UserError(f"config.init.previous: {source.previous} is not a work directory")
-        if stored.config.stage != stage.after and not source.scratch:
-            raise UserError(
-                f"config.init.previous: {source.previous} is stage {stored.config.stage!r}, but "
-                f"stage {stage.name!r} starts from {stage.after!r} (config.init.scratch=True skips "
-                "this check)"
-            )
-        found |= read_params(stored, wanted)
-    elif stage.after and not source.scratch:
-        raise UserError(
-            f"config.init.previous: stage {stage.name!r} starts from the work directory of stage "
-            f"{stage.after!r}; set it, or set config.init.scratch=True to start without"
-        )
+        found |= read_params(open_stored(source.previous), wanted)
     missing = {k: v for k, v in wanted.items() if k not in found}
-    # The embedding module is what HoVLE adds: stage I always starts it from random values.
-    fresh = {k for k in missing if stage.name == "distill" and not k.startswith("embedding/text/")}
-    if set(missing) - fresh and not source.scratch:
+    # The embedding module is what HoVLE adds: a stage without a predecessor makes it up.
+    fresh = {k for k in missing if not stage.after and not k.startswith("embedding/text/")}
+    lost = sorted(set(missing) - fresh)
+    if lost and not source.scratch:
         raise UserError(
-            f"config.init: no source has {min(set(missing) - fresh)} ({len(set(missing) - fresh)} "
-            "parameters are missing); set config.init.llm or config.init.scratch=True"
+            f"config.init: no source has {lost[0]} ({len(lost)} parameters are missing); set "
+            "config.init.llm or config.init.scratch=True"
         )
     if missing:
         found |= _random(config, missing)

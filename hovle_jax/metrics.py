@@ -44,10 +44,11 @@ class Progress:
     """One updating line in a terminal, one line every `every` items otherwise."""
 
     def __init__(
-        self, label: str, total: int, every: int, start: int = 0, out: TextIO = sys.stderr
+        self, label: str, total: int, every: int, start: int = 0, out: TextIO | None = None
     ):
         self._label, self._total, self._every, self._start = label, total, every, start
-        self._out, self._tty = out, out.isatty()
+        self._out = sys.stderr if out is None else out
+        self._tty = self._out.isatty()
         self._begin = time.monotonic()
         self._last_drawn = 0.0
         self._done = start

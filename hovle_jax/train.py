@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.initialize import initial_params, placed, teacher_params, with_sharding
+from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
 from hovle_jax.metrics import MetricLog, Progress
 from hovle_jax.optim import make_optimizer
 from hovle_jax.stages import Stage, get_stage
@@ -50,22 +50,38 @@ class Preempted(Exception):
     """SIGTERM arrived; a checkpoint was saved and the same command continues from it."""
 
 
-def train(config: RunConfig, workdir: str | Path, *, quiet: bool = False) -> dict[str, float]:
-    """Runs the stage of `config` in `workdir`, resuming what is there; returns the last metrics."""
+def train(
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    devices: Sequence[Any] | None = None,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Runs the stage of `config` in `workdir`, resuming what is there; returns the last metrics.
+
+    devices: default all of them; config.mesh must cover them exactly.
+
+    Raises:
+      UserError: anything the caller can mend, before the first step wherever possible.
+      Preempted: SIGTERM; a checkpoint was saved.
+    """
     stage = get_stage(config.stage)
     workdir = Path(workdir)
     _check_same_run(config, workdir)
     if not config.data.tokenizer:
         raise UserError("config.data.tokenizer: needs a tokenizer directory")
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     checkpoints = Checkpoints(workdir, config.keep)
     with jax.set_mesh(mesh):
-        state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
-        tokenizer.save(workdir / "tokenizer")
-        teach = teacher_params(config, mesh) if stage.teacher else {}
+        # What can be wrong is looked at first, what takes long last.
+        if checkpoints.latest() is None:
+            check_order(config, stage)
         step_fn = jit_step(config, mesh)
         pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer)
+        teach = teacher_params(config, mesh) if stage.teacher else {}
+        state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
+        tokenizer.save(workdir / "tokenizer")
         batches = pipeline.batches(cursor, host=jax.process_index(), hosts=jax.process_count())
         log = MetricLog(workdir / "metrics.jsonl", int(state.step))
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
@@ -81,6 +97,7 @@ def train(config: RunConfig, workdir: str | Path, *, quiet: bool = False) -> dic
                 reporter.dispatched(step, metrics, waited)
                 due = config.save_every and step % config.save_every == 0
                 if due or step == config.steps or terminated:
+                    reporter.flush()  # a saved step is never missing from the metrics
                     checkpoints.save(state, cursor)
                 if terminated and step < config.steps:
                     break
@@ -148,14 +165,14 @@ class _Reporter:
         self._clock = time.monotonic()
 
     def dispatched(self, step: int, metrics: Any, waited: float) -> None:
-        self._flush()
+        self.flush()
         self._pending = (step, metrics, waited)
 
     def finish(self) -> dict[str, float]:
-        self._flush()
+        self.flush()
         return self._last
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._pending is None:
             return
         step, metrics, waited = self._pending

@@ -17,6 +17,7 @@ import optax
 
 from hovle_jax import model, sharding, teacher
 from hovle_jax.config import RunConfig
+from hovle_jax.errors import UserError
 from hovle_jax.optim import make_optimizer, make_schedule
 from hovle_jax.stages import Stage, get_stage
 from hovle_jax.tree import flatten, merge, split, unflatten
@@ -42,7 +43,11 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
     """(trainable, frozen) trees of shapes: what the stage reads of the model, nothing more."""
     stage = get_stage(config.stage)
     shapes = model.abstract_params(config.model)
-    return split({part: shapes[part] for part in stage.parts}, trainable_regex(config))
+    regex = trainable_regex(config)
+    trainable, frozen = split({part: shapes[part] for part in stage.parts}, regex)
+    if not trainable:
+        raise UserError(f"config.trainable: {regex!r} matches no parameter of stage {stage.name!r}")
+    return trainable, frozen
 
 
 def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
@@ -115,7 +120,7 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
         weights = stage.weights(batch, config)
         grads = functools.partial(_gradients, grad_fn, config.optim.accumulate)
         loss, terms, gradient = grads(state.params, frozen, teacher_params, batch, weights)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         skipped = state.skipped

@@ -6,3 +6,162 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from hovle_jax import model, teacher
+from hovle_jax.checkpoint import save_model
+from hovle_jax.config import (
+    DataConfig,
+    InitConfig,
+    LayersConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherConfig,
+)
+from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, train_tokenizer
+
+LAYERS = LayersConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    initializer_range=0.1,
+)
+COLOURS = ("red", "green", "blue", "white")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A small data set on disk, an LLM and a teacher: everything a run can start from."""
+
+    root: Path
+    model: ModelConfig
+
+    def config(self, stage: str, **changes: object) -> RunConfig:
+        """A run of `stage`; keyword arguments replace fields, dotted ones with '__'."""
+        paths = {"meta": str(self.root / "meta.json"), "images": (str(self.root / "images"),)}
+        config = RunConfig(
+            stage=stage,
+            steps=6,
+            log_every=100,
+            save_every=0,
+            model=self.model,
+            teacher=TEACHER,
+            data=DataConfig(
+                tokenizer=str(self.root / "tokenizer"),
+                system="",
+                rows=8,
+                tokens=96,
+                tiles=4,
+                max_tiles=2,
+                window=32,
+                **paths,
+            ),
+            optim=OptimConfig(lr=3e-3, warmup=0.2),
+            mesh=MeshConfig(data=1, fsdp=1, tensor=1),
+            init=InitConfig(llm=str(self.root / "llm"), teacher=str(self.root / "teacher")),
+        )
+        for key, value in changes.items():
+            *parents, leaf = key.split("__")
+            config = _replace(config, parents, leaf, value)
+        return config
+
+
+def _replace(config: object, parents: list[str], leaf: str, value: object) -> object:
+    if not parents:
+        return dataclasses.replace(config, **{leaf: value})
+    child = _replace(getattr(config, parents[0]), parents[1:], leaf, value)
+    return dataclasses.replace(config, **{parents[0]: child})
+
+
+TEACHER = TeacherConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    intermediate_size=64,
+    image_size=32,
+    patch_size=8,
+    shuffle=2,
+    out_size=32,
+    initializer_range=0.1,
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    rows = []
+    for i in range(24):
+        colour = i % 4
+        pixels = rng.integers(0, 60, (32, 32 if i % 3 else 64, 3)).astype(np.uint8)
+        pixels[8:24, 8:24] = [(220, 20, 20), (20, 220, 20), (20, 20, 220), (240,) * 3][colour]
+        name = f"{i:02}.{'jpg' if i % 2 else 'png'}"
+        Image.fromarray(pixels).save(root / "images" / name)
+        question = "<image>\nWhich colour?" + " please" * (i % 5)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": COLOURS[colour]}]
+        rows.append({"id": i, "image": name, "conversations": turns})
+    text_only = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "white"}]
+    rows.append({"id": 24, "conversations": text_only})
+    write_meta(root, rows)
+    lines = ["Which colour? please Hello", "user system assistant\n", *COLOURS] * 4
+    tokenizer = train_tokenizer(lines, root / "tokenizer", 90)
+    config = ModelConfig(
+        name="test",
+        vocab_size=tokenizer.vocab_size,
+        embedding=LAYERS,
+        decoder=LAYERS,
+        image_size=32,
+        patch_size=8,
+        im_end_id=tokenizer.id_of(IM_END),
+        img_start_id=tokenizer.id_of(IMG_START),
+        img_end_id=tokenizer.id_of(IMG_END),
+        img_context_id=tokenizer.id_of(IMG_CONTEXT),
+        initializer_range=0.1,
+        dtype="float32",
+        remat="none",
+    )
+    params = model.init(jax.random.key(7), config)
+    llm = {"decoder": params["decoder"], "embedding": {"text": params["embedding"]["text"]}}
+    save_model(root / "llm", config, llm)
+    save_model(root / "teacher", TEACHER, teacher.init(jax.random.key(8), TEACHER))
+    return World(root, config)
+
+
+def write_meta(root: Path, rows: list[dict], name: str = "meta.json") -> Path:
+    """A meta.json with one jsonl of `rows`, images under root/images."""
+    annotation = name.replace(".json", ".jsonl")
+    (root / annotation).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    entry = {"root": "images", "annotation": annotation, "data_augment": False, "repeat_time": 1}
+    (root / name).write_text(json.dumps({"colours": entry | {"length": len(rows)}}))
+    return root / name
+
+
+@pytest.fixture
+def one_line_error(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Runs the command line, expects exit status 1 and one line of error; returns the line."""
+    from hovle_jax.cli import main
+
+    def run(argv: list[str]) -> str:
+        capsys.readouterr()
+        assert main(argv) == 1
+        lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("WARNING")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return run

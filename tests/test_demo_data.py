@@ -29,6 +29,10 @@ def rows(path):
         return [json.loads(line) for line in f]
 
 
+def qa_rows(data):
+    return rows(data.instruct_qa) + rows(data.instruct_yes_no)
+
+
 def qa(row):
     human, gpt = row["conversations"]
     assert (human["from"], gpt["from"]) == ("human", "gpt")
@@ -68,7 +72,7 @@ def test_answers_match_labels(data):
     labels = {s: dict(zip(*data.labels(s), strict=True)) for s in D.SPLITS}
     for row in rows(data.align):
         assert qa(row) == (D.DESCRIBE, D.caption(labels["train"][row["image"]]))
-    for row in rows(data.instruct_qa):
+    for row in qa_rows(data):
         question, answer = qa(row)
         assert answer == solve(question, labels["train"][row["image"]])
     for kind, path in data.tests.items():
@@ -82,7 +86,7 @@ def test_answers_match_labels(data):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_no_prior_to_exploit(data, split):
     if split == "train":
-        pairs = [qa(r) for r in rows(data.instruct_qa)]
+        pairs = [qa(r) for r in qa_rows(data)]
     else:
         pairs = [qa(r) for path in data.tests.values() for r in rows(path)]
     by_kind = {k: [p for p in pairs if kind_of(p[0]) == k] for k in D.QUESTION_TYPES}
@@ -108,7 +112,7 @@ def test_held_out_digits_never_train(data):
         for split in D.SPLITS:
             np.testing.assert_array_equal(target[f[f"{split}_bitmaps"]], f[f"{split}_digits"])
     assert max(used["train"] | used["unpaired"]) < 1297 <= min(used["test"])
-    trained = {r["image"] for r in rows(data.align) + rows(data.instruct_qa)}
+    trained = {r["image"] for r in rows(data.align) + qa_rows(data)}
     assert not trained & set(data.labels("unpaired")[0])
 
 
@@ -126,14 +130,16 @@ def test_images(data):
 
 
 def test_digits_stay_in_their_quadrant(monkeypatch):
-    glyphs = {s: np.zeros((1, s, s), np.uint8) for s in D._SIZES}
-    marked = {s: np.full((1, s, s), 255, np.uint8) for s in D._SIZES}
-    both = {s: np.concatenate([glyphs[s], marked[s]]) for s in D._SIZES}
-    monkeypatch.setattr(D, "_glyphs", lambda: both)
+    def blank_and_full(width, height, slant):
+        return np.stack([np.full((height, width), value, np.uint8) for value in (0, 255)])
+
+    monkeypatch.setattr(D, "_glyphs", blank_and_full)
     rng = np.random.default_rng(0)
     for cell in range(4):
         for _ in range(50):
-            canvas = D.render([int(i == cell) for i in range(4)], rng)[..., 0].astype(int)
+            canvas = D.render([int(i == cell) for i in range(4)], rng, augment=True)[..., 0].astype(
+                int
+            )
             y, x = np.nonzero(canvas > canvas.min() + 40)
             assert set(zip(y // 16, x // 16, strict=True)) == {divmod(cell, 2)}
 
@@ -168,8 +174,8 @@ def test_meta_files(data):
                 assert set(row) == {"id", "image", "width", "height", "conversations"}
                 assert os.path.exists(os.path.join(data.root, entry["root"], row["image"]))
             drawn[name] = entry["repeat_time"] * entry["length"]
-    assert list(drawn) == ["digits_captions", "digits_qa"]
-    assert 0.7 <= drawn["digits_qa"] / sum(drawn.values()) <= 0.8
+    assert list(drawn) == ["digits_captions", "digits_qa", "digits_yes_no"]
+    assert drawn["digits_yes_no"] == drawn["digits_qa"], "yes/no is half of the questions"
 
 
 def test_text(data):

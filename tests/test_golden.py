@@ -28,6 +28,9 @@ LENGTH, TILES = 57, 6  # of the longest case; the others are padded to it: one c
 CONTEXT = 302  # <IMG_CONTEXT>
 TILE_TOKENS = 4
 
+# Compiling is most of these tests' time and speed of execution none of it.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def load(path: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / path) as file:
@@ -89,7 +92,7 @@ def outputs_of(variant: str) -> dict[str, dict]:
     config, params = model_of(variant)
     batches = [batch_of(case) for case in CASES[variant]]
     batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-    run = jax.jit(functools.partial(model.apply, config=config, keep_hidden=True))
+    run = compiled(functools.partial(model.apply, config=config, keep_hidden=True))
     out = jax.tree.map(np.asarray, run(params, batch))
     result, first = {}, 0
     for case, b in zip(CASES[variant], batches, strict=True):
@@ -163,7 +166,7 @@ def value_and_grad(variant: str):
         total, weight = stages.STAGES["instruct"].terms(params, {}, batch, run)["next_token"]
         return total / weight, (total, weight)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return compiled(jax.value_and_grad(loss, has_aux=True))
 
 
 @functools.cache
@@ -273,7 +276,7 @@ def teacher_model() -> tuple:
 def teacher_outputs(size: int, version: str, select: int) -> dict[str, jax.Array]:
     config, params = teacher_model()
     config = dataclasses.replace(config, shuffle_version=version, select_layer=select)
-    run = jax.jit(functools.partial(teacher.apply, config=config))
+    run = compiled(functools.partial(teacher.apply, config=config))
     return run(params, load("teacher/io.npz")[f"{size}.in.pixels"])
 
 

@@ -16,9 +16,11 @@ import pytest
 import hovle_jax
 from hovle_jax import losses, model, stages
 from hovle_jax.config import IGNORE, IMAGE_MEAN, IMAGE_STD, LayersConfig, ModelConfig, RunConfig
+from hovle_jax.embedding import long_stream, normalize_pixels, short_stream
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
 from hovle_jax.layers import REMAT_POLICIES, Layer, LayerInputs, layer_stack, rope_tables
+from hovle_jax.tree import flatten, unflatten
 
 LAYERS = LayersConfig(
     num_layers=2,
@@ -28,7 +30,7 @@ LAYERS = LayersConfig(
     head_dim=8,
     intermediate_size=48,
     max_positions=512,
-    initializer_range=0.3,
+    rope_theta=100.0,
 )
 PRE = ModelConfig(
     name="small",
@@ -37,7 +39,6 @@ PRE = ModelConfig(
     decoder=LAYERS,
     image_size=28,
     patch_size=7,
-    initializer_range=0.3,
     im_end_id=86,
     img_start_id=88,
     img_end_id=89,
@@ -48,17 +49,25 @@ PRE = ModelConfig(
 )
 CONFIGS = {"pre": PRE, "post": dataclasses.replace(PRE, shuffle_loc="post")}
 LOCATIONS = pytest.mark.parametrize("loc", CONFIGS)
-LENGTH, TILES = 40, 4
+ROWS, LENGTH, TILES = 4, 40, 4  # of every packed batch: few shapes, few compilations
+
+# Compiling is most of these tests' time and speed of execution none of it.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
-def params_of(loc: str):
-    return jax.jit(functools.partial(model.init, config=CONFIGS[loc]))(jax.random.key(3))
+def params_of(loc: str, seed: int = 3):
+    """Random weights, biases and norms; the same for 'pre' and 'post'."""
+    rng, flat = np.random.default_rng(seed), {}
+    for path, x in sorted(flatten(model.abstract_params(CONFIGS[loc])).items()):
+        noise = rng.standard_normal(x.shape).astype(np.float32)
+        flat[path] = jnp.asarray(1 + 0.2 * noise if path.endswith("scale") else 0.25 * noise)
+    return unflatten(flat)
 
 
 @functools.cache
 def apply_of(config: ModelConfig):
-    return jax.jit(functools.partial(model.apply, config=config))
+    return compiled(functools.partial(model.apply, config=config))
 
 
 def sample(seed: int, tiles: int, before: int = 4, after: int = 7) -> tuple[np.ndarray, np.ndarray]:
@@ -70,10 +79,9 @@ def sample(seed: int, tiles: int, before: int = 4, after: int = 7) -> tuple[np.n
 
 
 def pack(rows: list[list[tuple[np.ndarray, np.ndarray]]], unused: int = 0) -> dict[str, np.ndarray]:
-    """Rows of samples -> a batch; tiles that no token stands for hold the value `unused`."""
-    b = len(rows)
-    ids, segments, positions = (np.zeros((b, LENGTH), np.int32) for _ in range(3))
-    pixels = np.full((b, TILES, 28, 28, 3), unused, np.uint8)
+    """Up to ROWS rows of samples -> a batch; tiles without tokens hold the value `unused`."""
+    ids, segments, positions = (np.zeros((ROWS, LENGTH), np.int32) for _ in range(3))
+    pixels = np.full((ROWS, TILES, 28, 28, 3), unused, np.uint8)
     for r, samples in enumerate(rows):
         start = tile = 0
         for s, (tokens, images) in enumerate(samples):
@@ -82,7 +90,7 @@ def pack(rows: list[list[tuple[np.ndarray, np.ndarray]]], unused: int = 0) -> di
             positions[r, where] = np.arange(len(tokens))
             pixels[r, tile : tile + len(images)] = images
             start, tile = where.stop, tile + len(images)
-    predicted = (segments > 0) & (ids < 88) & (ids > 1)
+    predicted = (segments > 0) & (ids < 88)  # the first token of a sample, too
     return {
         "input_ids": ids,
         "segment_ids": segments,
@@ -104,22 +112,25 @@ def next_token_loss(params, batch, config) -> jax.Array:
 
 
 @functools.cache
-def loss_and_grad_of(config: ModelConfig):
-    return jax.jit(jax.value_and_grad(functools.partial(next_token_loss, config=config)))
+def loss_and_grads_of(config: ModelConfig):
+    """(params, normalised float pixels, batch) -> (loss, (gradient by params, by pixels))."""
+
+    def loss(params, pixels, batch):
+        return next_token_loss(params, batch | {"pixels": pixels}, config)
+
+    return compiled(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
-@functools.cache
-def token_losses_of(config: ModelConfig):
-    """(params, batch) -> (nll [B, S], weights [B, S])."""
+def normalized(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels / 255.0 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)).astype(np.float32)
 
-    def run(params, batch):
-        names = ("labels", "loss_weight", "segment_ids")
-        targets, weights = losses.next_token_weights(*(batch[n] for n in names))
-        hidden = model.hidden(params, batch, config)
-        head = model.head_kernel(params, config)
-        return losses.token_nll(hidden, head, targets, config.loss_chunk), weights
 
-    return jax.jit(run)
+@functools.partial(compiled, static_argnames="chunk")
+def token_losses(hidden, head, batch, chunk):
+    """(nll [B, S], weights [B, S]) from the LLM's hidden states."""
+    names = ("labels", "loss_weight", "segment_ids")
+    targets, weights = losses.next_token_weights(*(batch[n] for n in names))
+    return losses.token_nll(hidden, head, targets, chunk), weights
 
 
 # Packing
@@ -128,7 +139,9 @@ def token_losses_of(config: ModelConfig):
 @LOCATIONS
 def test_packed_row_equals_its_samples(loc):
     batch = pack([[A, B], [B, A], [A], [B]], unused=77)
-    nll, weights = map(np.asarray, token_losses_of(CONFIGS[loc])(params_of(loc), batch))
+    hidden = apply_of(CONFIGS[loc])(params_of(loc), batch)["hidden"]
+    head = model.head_kernel(params_of(loc), CONFIGS[loc])
+    nll, weights = map(np.asarray, token_losses(hidden, head, batch, chunk=16))
     alone_a, alone_b = nll[2, :SIZE_A], nll[3, :SIZE_B]
     assert np.ptp(alone_a) > 1 and np.ptp(alone_b) > 1
     size = SIZE_A + SIZE_B
@@ -161,6 +174,28 @@ def test_samples_do_not_see_each_other(loc):
     assert np.abs(changed_b[0, second] - base[0, second])[1:].max(axis=-1).min() > 1e-3
 
 
+def test_long_stream_of_a_packed_row():
+    """Positions count up from 0 in each segment, an image token's id takes four places."""
+    batch = pack([[A, B], [B]])
+    names = ("input_ids", "segment_ids", "position_ids")
+    short = short_stream(*(jnp.asarray(batch[name]) for name in names))
+    stream = long_stream(short, TILES, CONFIGS["post"])
+    assert stream.ids.shape == (ROWS, LENGTH + 12 * TILES)
+    for row, samples in enumerate([[A, B], [B]]):
+        ids = [np.repeat(x, np.where(x == 90, 4, 1)) for x, _ in samples]
+        segments = [np.full(len(x), i + 1) for i, x in enumerate(ids)]
+        size = sum(map(len, ids))
+        np.testing.assert_array_equal(stream.ids[row, :size], np.concatenate(ids))
+        np.testing.assert_array_equal(stream.segment_ids[row, :size], np.concatenate(segments))
+        positions = np.concatenate([np.arange(len(x)) for x in ids])
+        np.testing.assert_array_equal(stream.position_ids[row, :size], positions)
+        # What is left of the row is padding; the short row's own padding comes first.
+        assert not np.any(np.asarray(stream.segment_ids)[row, size:])
+        tokens = sum(len(x) for x, _ in samples)
+        found = np.asarray(stream.ids)[row, np.asarray(stream.places)[row, :tokens]]
+        np.testing.assert_array_equal(found, batch["input_ids"][row, :tokens])
+
+
 @LOCATIONS
 def test_causal(loc):
     """What comes later in a sample, be it text or a tile, changes nothing before it."""
@@ -180,6 +215,7 @@ def test_causal(loc):
 # Generation
 
 NEW = 16
+NEVER = (-1,)  # a stop token that no model can write
 PROMPTS = [sample(20, 0), sample(21, 1), sample(23, 2, before=7, after=3)]
 
 
@@ -190,7 +226,7 @@ def uncached(loc: str) -> list[list[int]]:
     lengths = np.array([len(p[0]) for p in PROMPTS])
     assert lengths.max() + NEW <= LENGTH
     rows = np.arange(len(PROMPTS))
-    out = []
+    out: list[np.ndarray] = []
     for _ in range(NEW):
         scores = np.asarray(apply_of(CONFIGS[loc])(params_of(loc), batch)["logits"])
         scores = scores[rows, lengths - 1]
@@ -212,15 +248,15 @@ def uncached(loc: str) -> list[list[int]]:
 @LOCATIONS
 def test_cache_equals_no_cache(loc):
     prompts, tiles = zip(*PROMPTS, strict=True)
-    got = generate(params_of(loc), CONFIGS[loc], prompts, tiles, max_new=NEW, stop_ids=())
+    got = generate(params_of(loc), CONFIGS[loc], prompts, tiles, max_new=NEW, stop_ids=NEVER)
     assert got == uncached(loc)
 
 
-@LOCATIONS
-@pytest.mark.parametrize("row", [0, 1], ids=["text", "image"])
+@pytest.mark.parametrize(("loc", "row"), [("pre", 0), ("post", 1)])
 def test_one_prompt_equals_its_row_of_a_batch(loc, row):
+    """Text alone (no pixels at all), and one image without the others' padding."""
     ids, tiles = PROMPTS[row]
-    got = generate(params_of(loc), CONFIGS[loc], [ids], [tiles], max_new=NEW, stop_ids=())
+    got = generate(params_of(loc), CONFIGS[loc], [ids], [tiles], max_new=NEW, stop_ids=NEVER)
     assert got == [uncached(loc)[row]]
 
 
@@ -254,17 +290,10 @@ def test_pixels_matter(loc):
     # Row 0 uses three of four tiles, row 1 one, row 2 none.
     batch = pack([[A, B], [B], [sample(5, 0)]], unused=128)
     used = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-    normal = (batch["pixels"] / 255.0 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
-    floats = normal.astype(np.float32)
-
-    @jax.jit
-    def run(pixels):
-        return next_token_loss(params, batch | {"pixels": pixels}, config)
-
-    loss, grads = jax.jit(jax.value_and_grad(run))(floats)
-    # uint8 tiles are normalised on the device, floats are taken as they are.
-    assert float(run(batch["pixels"])) == pytest.approx(float(loss), abs=1e-6)
-    size = np.abs(np.asarray(grads))
+    floats = normalized(batch["pixels"])
+    run = loss_and_grads_of(config)
+    loss, (_, grads) = run(params, floats, batch)
+    size = np.abs(np.asarray(grads))[: len(used)]
     assert np.all(size[~used] == 0)
     patches = size[used].reshape(-1, 4, 7, 4, 7, 3).max(axis=(2, 4, 5))
     assert patches.shape == (4, 4, 4)
@@ -272,20 +301,28 @@ def test_pixels_matter(loc):
     for row, tile in np.argwhere(used):
         changed = floats.copy()
         changed[row, tile] = 0
-        assert abs(float(run(changed)) - float(loss)) > 1e-4
-    changed = np.where(used[..., None, None, None], floats, 3.0).astype(np.float32)
-    assert float(run(changed)) == float(loss)
+        assert abs(float(run(params, changed, batch)[0]) - float(loss)) > 1e-4
+    changed = floats.copy()
+    changed[: len(used)][~used] = 3.0
+    assert float(run(params, changed, batch)[0]) == float(loss)
+
+
+def test_uint8_pixels_are_normalised():
+    """uint8 is normalised on the device; floats count as normalised already."""
+    expected = normalized(A[1])
+    np.testing.assert_allclose(normalize_pixels(A[1], "float32"), expected, atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(normalize_pixels(expected, "float32"), expected)
+    assert normalize_pixels(A[1], "bfloat16").dtype == jnp.bfloat16
 
 
 def test_text_needs_no_pixels():
     """A text row gives the same scores with unused tiles as without any."""
     batch = pack([[sample(5, 0), sample(6, 0)]], unused=50)
     without = {k: v for k, v in batch.items() if k != "pixels"}
-    for loc, config in CONFIGS.items():
-        with_tiles = apply_of(config)(params_of(loc), batch)["logits"]
-        alone = apply_of(config)(params_of(loc), without)["logits"]
-        valid = batch["segment_ids"] > 0
-        np.testing.assert_allclose(with_tiles[valid], alone[valid], atol=1e-5, rtol=0)
+    run, params = apply_of(CONFIGS["post"]), params_of("post")
+    with_tiles, alone = run(params, batch)["logits"], run(params, without)["logits"]
+    valid = batch["segment_ids"] > 0
+    np.testing.assert_allclose(with_tiles[valid], alone[valid], atol=1e-4, rtol=0)
 
 
 # How it is computed
@@ -295,16 +332,6 @@ def relative(actual, expected) -> float:
     """Largest difference of any leaf, relative to that leaf's largest entry."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
-
-
-@pytest.mark.parametrize("remat", [k for k in REMAT_POLICIES if k != "none"])
-def test_remat_changes_nothing(remat):
-    batch, params = pack([[A, B]]), params_of("post")
-    loss, grads = loss_and_grad_of(CONFIGS["post"])(params, batch)
-    config = dataclasses.replace(CONFIGS["post"], remat=remat)
-    again, grads_again = loss_and_grad_of(config)(params, batch)
-    assert float(again) == pytest.approx(float(loss), abs=1e-6)
-    assert relative(grads_again, grads) < 2e-6
 
 
 def test_remat_recomputes():
@@ -327,33 +354,49 @@ def test_unknown_remat():
         layer_stack(LAYERS, "xla", "some")
 
 
-def test_scan_equals_a_loop():
-    """A stack is its layers one after the other, in value and in gradient."""
-    params = params_of("pre")["decoder"]["layers"]
+@functools.cache
+def stack_inputs():
     x = jax.random.normal(jax.random.key(0), (2, 12, 32))
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((12, 12), bool)), (2, 12, 12))
-    inputs = LayerInputs(*rope_tables(positions, LAYERS), mask)
+    return x, LayerInputs(*rope_tables(positions, LAYERS), mask)
 
-    def scanned(params, x):
-        return layer_stack(LAYERS, "xla", "none").apply({"params": params}, x, inputs, None)[0]
 
-    def looped(params, x):
+@functools.cache
+def looped():
+    """A stack as a loop over its layers: (params, x) -> (value, gradients)."""
+    _, inputs = stack_inputs()
+
+    def run(params, x):
         for i in range(LAYERS.num_layers):
             layer = jax.tree.map(lambda p, i=i: p[i], params)
             x, _ = Layer(LAYERS, "xla", False, False).apply({"params": layer}, x, inputs, None)
-        return x
+        return jnp.sum(jnp.sin(x))
 
-    def both(fn):
-        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(fn(p, x))), (0, 1)))
+    return compiled(jax.value_and_grad(run, argnums=(0, 1)))
 
-    value, grads = both(scanned)(params, x)
-    expected, expected_grads = both(looped)(params, x)
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_stack_equals_a_loop(remat):
+    """A scanned stack is its layers one after the other, whatever it recomputes."""
+    params = params_of("pre")["decoder"]["layers"]
+    x, inputs = stack_inputs()
+
+    def scanned(params, x):
+        stack = layer_stack(LAYERS, "xla", remat)
+        return jnp.sum(jnp.sin(stack.apply({"params": params}, x, inputs, None)[0]))
+
+    value, grads = compiled(jax.value_and_grad(scanned, argnums=(0, 1)))(params, x)
+    expected, expected_grads = looped()(params, x)
     assert float(value) == pytest.approx(float(expected), abs=1e-5)
     assert relative(grads, expected_grads) < 1e-5
-    first, second = (jax.tree.map(lambda p, i=i: p[i], params) for i in range(2))
-    swapped = jax.tree.map(lambda a, b: jnp.stack([b, a]), first, second)
-    assert abs(float(both(looped)(swapped, x)[0]) - float(expected)) > 1e-3
+
+
+def test_order_of_layers_matters():
+    params = params_of("pre")["decoder"]["layers"]
+    x, _ = stack_inputs()
+    swapped = jax.tree.map(lambda p: p[::-1], params)
+    assert abs(float(looped()(swapped, x)[0]) - float(looped()(params, x)[0])) > 1e-3
 
 
 # The chunked loss
@@ -379,21 +422,33 @@ def nll_inputs():
     return hidden, head, targets, weights
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 7, 11, 12, 512])
+def summed(nll):
+    """(hidden, head) -> ((weighted sum, nll), gradients)."""
+    weights = nll_inputs()[3]
+
+    def run(hidden, head):
+        out = nll(hidden, head)
+        return jnp.sum(out * weights), out
+
+    return compiled(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+
+
+@functools.cache
+def expected_nll():
+    hidden, head, targets, _ = nll_inputs()
+    return summed(functools.partial(plain_nll, targets=targets))(hidden, head)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 512])
 def test_chunked_loss(chunk):
-    hidden, head, targets, weights = nll_inputs()
-
-    def summed(nll):
-        return jax.jit(jax.value_and_grad(lambda h, w: jnp.sum(nll(h, w) * weights), (0, 1)))
-
+    hidden, head, targets, _ = nll_inputs()
     chunked = functools.partial(losses.token_nll, targets=targets, chunk=chunk)
-    plain = functools.partial(plain_nll, targets=targets)
-    nll = np.asarray(chunked(hidden, head))
-    np.testing.assert_allclose(nll, plain(hidden, head), atol=2e-6, rtol=1e-6)
-    assert nll[0, 3] == nll[1, 11] == 0 and nll.shape == (NLL_B, NLL_S)
-    value, grads = summed(chunked)(hidden, head)
-    expected, expected_grads = summed(plain)(hidden, head)
-    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    (value, nll), grads = summed(chunked)(hidden, head)
+    (expected_value, expected), expected_grads = expected_nll()
+    assert nll.shape == (NLL_B, NLL_S) and nll.dtype == jnp.float32
+    np.testing.assert_allclose(nll, expected, atol=2e-6, rtol=1e-6)
+    assert nll[0, 3] == nll[1, 11] == 0
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
     assert relative(grads, expected_grads) < 1e-5
     assert np.all(np.asarray(grads[0])[targets == IGNORE] == 0)
 
@@ -427,45 +482,60 @@ def test_all_scores_never_exist(chunk):
 
     for fn in (total, jax.grad(total, argnums=(0, 1))):
         small = vocabulary_places(functools.partial(fn, chunk=chunk), NLL_V, hidden, head)
-        assert small == NLL_B * chunk
+        assert small <= max(NLL_B * chunk, NLL_E)  # the head itself is E wide
         whole = vocabulary_places(functools.partial(fn, chunk=NLL_S), NLL_V, hidden, head)
         assert whole == NLL_B * NLL_S  # so the count does see such arrays
 
 
 @LOCATIONS
 def test_all_scores_never_exist_in_a_training_step(loc):
-    batch, params = pack([[A, B], [B, A]]), model.abstract_params(CONFIGS[loc])
+    batch, params = pack([[A, B]]), model.abstract_params(CONFIGS[loc])
     places = {}
     for chunk in (8, 16, LENGTH):
         config = dataclasses.replace(CONFIGS[loc], loss_chunk=chunk)
         fn = jax.value_and_grad(functools.partial(next_token_loss, config=config))
         places[chunk] = vocabulary_places(fn, config.vocab_size, params, batch)
     # The head and the table themselves are 32 wide.
-    assert places == {8: 32, 16: 32, LENGTH: 2 * LENGTH}
+    assert places == {8: 32, 16: ROWS * 16, LENGTH: ROWS * LENGTH}
 
 
 # bfloat16
 
 
 @LOCATIONS
-def test_bfloat16(loc):
+def test_bfloat16_types(loc):
+    """Activations are bfloat16; scores, loss and the gradients of parameters are float32."""
     batch, params = pack([[A, B]]), params_of(loc)
     config = dataclasses.replace(CONFIGS[loc], dtype="bfloat16")
-    exact = apply_of(CONFIGS[loc])(params, batch)
-    out = apply_of(config)(params, batch)
+    out = jax.eval_shape(apply_of(config), params, batch)
     assert out["hidden"].dtype == out["embeddings"].dtype == jnp.bfloat16
-    assert out["logits"].dtype == exact["hidden"].dtype == jnp.float32
+    assert out["logits"].dtype == jnp.float32
+    args = params, normalized(batch["pixels"]), batch
+    loss, (grads, _) = jax.eval_shape(loss_and_grads_of(config), *args)
+    assert {x.dtype for x in jax.tree.leaves((loss, grads))} == {jnp.dtype(jnp.float32)}
+
+
+@LOCATIONS
+def test_bfloat16_scores(loc):
+    batch, params = pack([[A, B]]), params_of(loc)
+    config = dataclasses.replace(CONFIGS[loc], dtype="bfloat16")
+    exact = apply_of(CONFIGS[loc])(params, batch)["logits"]
+    out = apply_of(config)(params, batch)["logits"]
     valid = batch["segment_ids"] > 0
-    difference = np.asarray(out["logits"] - exact["logits"])[valid]
-    scale = float(jnp.std(exact["logits"][valid]))
-    assert 1e-4 * scale < np.sqrt(np.mean(difference**2)) < 0.03 * scale
-    loss, grads = loss_and_grad_of(config)(params, batch)
-    exact_loss, exact_grads = loss_and_grad_of(CONFIGS[loc])(params, batch)
-    assert loss.dtype == jnp.float32
+    difference = np.asarray(out - exact)[valid]
+    scale = float(jnp.std(exact[valid]))
+    assert 1e-4 * scale < np.sqrt(np.mean(difference**2)) < 0.06 * scale
+
+
+def test_bfloat16_gradients():
+    batch, params = pack([[A, B]]), params_of("post")
+    args = params, normalized(batch["pixels"]), batch
+    config = dataclasses.replace(CONFIGS["post"], dtype="bfloat16")
+    loss, (grads, _) = loss_and_grads_of(config)(*args)
+    exact_loss, (exact_grads, _) = loss_and_grads_of(CONFIGS["post"])(*args)
     assert float(loss) == pytest.approx(float(exact_loss), rel=0.01)
-    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
     a, b = (np.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (grads, exact_grads))
-    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
 
 
 # Dynamic NTK scaling
@@ -477,77 +547,88 @@ def test_bfloat16(loc):
 MAX = 24
 
 
-def with_rope(config: ModelConfig, scaling: str, max_positions: int = MAX) -> ModelConfig:
-    stack = dataclasses.replace(
-        LAYERS, rope_scaling=scaling, rope_factor=2.0, max_positions=max_positions, rope_theta=100.0
-    )
-    return dataclasses.replace(config, embedding=stack, decoder=stack)
+def scaled_config(loc: str) -> ModelConfig:
+    changes = {"rope_scaling": "dynamic", "rope_factor": 2.0, "max_positions": MAX}
+    stack = dataclasses.replace(LAYERS, **changes)
+    return dataclasses.replace(CONFIGS[loc], embedding=stack, decoder=stack)
 
 
-def unpacked(ids: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    return {"input_ids": ids[None], "pixels": pixels[None]}
+def extra(loc: str, tiles: int) -> int:
+    """Places that the embedding module's stream has more than the LLM's."""
+    return 12 * tiles if loc == "post" else 0
+
+
+@functools.cache
+def scores_of(loc: str, scaled: bool) -> tuple[np.ndarray, list[int]]:
+    """(logits [4, S, V], lengths) of rows that are at, above and around MAX (see below)."""
+    config = scaled_config(loc) if scaled else CONFIGS[loc]
+    at = sample(30, tiles=1, before=2, after=MAX - 9 - extra(loc, 1))
+    above = sample(30, tiles=1, before=2, after=MAX - 8 - extra(loc, 1))
+    short, long = sample(31, tiles=0, before=2, after=6), sample(32, tiles=0, before=2, after=25)
+    batch = pack([[at], [above], [short, long], [long]])
+    logits = np.asarray(apply_of(config)(params_of(loc), batch)["logits"])
+    return logits, [len(x[0]) for x in (at, above, short, long)]
+
+
+@LOCATIONS
+def test_scaling_starts_above_max_positions(loc):
+    """In a stack, a segment of MAX places is rotated as without scaling, one of MAX + 1 is not."""
+    (scaled, lengths), (plain, _) = scores_of(loc, True), scores_of(loc, False)
+    at, above, short, long = lengths
+    assert (at + extra(loc, 1), above + extra(loc, 1)) == (MAX, MAX + 1)
+    assert short < MAX < long and short + long > MAX
+    np.testing.assert_allclose(scaled[0, :at], plain[0, :at], atol=1e-6, rtol=0)
+    assert np.abs(scaled - plain)[1, 1:above].max(axis=-1).min() > 1e-4
+
+
+@LOCATIONS
+def test_packed_segments_are_scaled_by_their_own_length(loc):
+    (scaled, lengths), (plain, _) = scores_of(loc, True), scores_of(loc, False)
+    *_, short, long = lengths
+    end = short + long
+    np.testing.assert_allclose(scaled[2, :short], plain[2, :short], atol=1e-6, rtol=0)
+    assert np.abs(scaled - plain)[2, short + 1 : end].max(axis=-1).min() > 1e-4
+    np.testing.assert_allclose(scaled[2, short:end], scaled[3, :long], atol=1e-4, rtol=0)
 
 
 @LOCATIONS
 def test_growing_past_max_positions(loc):
     """Prefill and decoding up to the cache's end equal one call on the final sequence."""
-    config, params = with_rope(CONFIGS[loc], "dynamic"), params_of(loc)
-    ids, pixels = sample(30, tiles=2, before=2, after=20)
-    prompt, total = 18, len(ids)
+    config, params = scaled_config(loc), params_of(loc)
+    ids, pixels = sample(33, tiles=2, before=2, after=20)
+    prompt, total = 16, len(ids)
     assert prompt < MAX < total
-    full = np.asarray(apply_of(config)(params, unpacked(ids, pixels))["logits"])[0]
-    plain = with_rope(CONFIGS[loc], "none")
-    unscaled = np.asarray(apply_of(plain)(params, unpacked(ids, pixels))["logits"])[0]
-    assert np.abs(full - unscaled)[prompt - 1 :].max(axis=-1).min() > 1e-3
+    full, plain = (
+        np.asarray(apply_of(c)(params, pack([[(ids, pixels)]]))["logits"])[0]
+        for c in (config, CONFIGS[loc])
+    )
+    assert np.abs(full - plain)[prompt - 1 : total].max(axis=-1).min() > 1e-3
 
-    prefill = jax.jit(functools.partial(model.prefill, config=config, cache_len=total))
-    step = jax.jit(functools.partial(model.decode_step, config=config))
-    scores, cache = prefill(params, unpacked(ids[:prompt], pixels))
+    prefill = compiled(functools.partial(model.prefill, config=config, cache_len=total))
+    step = compiled(functools.partial(model.decode_step, config=config))
+    start = {"input_ids": ids[None, :prompt], "pixels": pixels[None]}
+    scores, cache = prefill(params, start)
     assert cache["decoder"]["k"].shape[2] == total
-    assert cache["embedding"]["k"].shape[2] == total + (24 if loc == "post" else 0)
+    assert cache["embedding"]["k"].shape[2] == total + extra(loc, 2)
     np.testing.assert_allclose(scores[0], full[prompt - 1], atol=1e-4, rtol=0)
     for i in range(prompt, total):
         scores, cache = step(params, ids[i : i + 1], cache)
         np.testing.assert_allclose(scores[0], full[i], atol=1e-4, rtol=0)
     assert int(cache["lengths"]["decoder"][0]) == total
+    assert int(cache["lengths"]["embedding"][0]) == total + extra(loc, 2)
 
 
-@LOCATIONS
-def test_no_scaling_up_to_max_positions(loc):
-    """At and below max_positions the tables are the plain ones, bit for bit."""
-    params = params_of(loc)
-    ids, pixels = sample(30, tiles=1, before=2, after=4)
-    batch = unpacked(ids, pixels)
-    longest = len(ids) + (12 if loc == "post" else 0)  # in the embedding module
-    plain = np.asarray(apply_of(with_rope(CONFIGS[loc], "none"))(params, batch)["logits"])
-    for limit, same in ((longest, True), (longest - 1, False)):
-        config = with_rope(CONFIGS[loc], "dynamic", limit)
-        scores = np.asarray(apply_of(config)(params, batch)["logits"])
-        assert np.array_equal(scores, plain) == same
-    # The same at prefill, where the length that counts is the cache's.
-    config = with_rope(CONFIGS[loc], "dynamic", longest + 2)
-    for grow, same in ((2, True), (3, False)):
-        prefill = jax.jit(functools.partial(model.prefill, config=config))
-        prefill = functools.partial(model.prefill, config=config, cache_len=len(ids) + grow)
-        scores, _ = jax.jit(prefill)(params, batch)
-        assert np.allclose(scores[0], plain[0, -1], atol=1e-5, rtol=0) == same
-
-
-@LOCATIONS
-def test_packed_segments_are_scaled_by_their_own_length(loc):
-    """A row longer than max_positions, of samples that are not (but for the long one)."""
-    config, params = with_rope(CONFIGS[loc], "dynamic", 20), params_of(loc)
-    plain = with_rope(CONFIGS[loc], "none")
-    short, long = sample(31, tiles=0, before=2, after=9), sample(32, tiles=0, before=2, after=23)
-    batch = pack([[short, long]])
-    n, end = len(short[0]), len(short[0]) + len(long[0])
-    assert n < 20 < end - n
-    scaled = np.asarray(apply_of(config)(params, batch)["logits"])[0]
-    unscaled = np.asarray(apply_of(plain)(params, batch)["logits"])[0]
-    np.testing.assert_allclose(scaled[:n], unscaled[:n], atol=1e-6, rtol=0)
-    assert np.abs(scaled - unscaled)[n + 2 : end].max(axis=-1).min() > 1e-4
-    alone = np.asarray(apply_of(config)(params, pack([[long]]))["logits"])[0]
-    np.testing.assert_allclose(scaled[n:end], alone[: end - n], atol=1e-5, rtol=0)
+@pytest.mark.parametrize(("over", "same"), [(0, True), (1, False)])
+def test_prefill_is_scaled_by_the_cache(over, same):
+    """The same short prompt, in a cache of MAX slots and of one more."""
+    ids, pixels = sample(30, tiles=1, before=2, after=2)
+    plain = apply_of(CONFIGS["post"])(params_of("post"), pack([[(ids, pixels)]]))["logits"]
+    cache_len = MAX + over - extra("post", 1)
+    prefill = functools.partial(model.prefill, config=scaled_config("post"), cache_len=cache_len)
+    batch = {"input_ids": ids[None], "pixels": pixels[None]}
+    scores, _ = compiled(prefill)(params_of("post"), batch)
+    error = np.abs(np.asarray(scores[0] - plain[0, len(ids) - 1])).max()
+    assert error < 1e-4 if same else error > 1e-3
 
 
 # Structure
@@ -557,9 +638,6 @@ def test_flax_stays_in_its_files():
     """Modules are an implementation detail; everything else sees functions of nested dicts."""
     root = pathlib.Path(hovle_jax.__file__).parent
     pattern = re.compile(r"^\s*(import|from)\s+flax\b.*(linen|nn)|flax\.linen", re.MULTILINE)
-    users = {
-        str(path.relative_to(root))
-        for path in root.rglob("*.py")
-        if pattern.search(path.read_text())
-    }
+    files = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*.py")}
+    users = {name for name, text in files.items() if pattern.search(text)}
     assert users == {"layers.py", "embedding.py", "decoder.py", "model.py", "teacher.py"}

@@ -125,7 +125,7 @@ BIASED = dataclasses.replace(SMALL_LAYERS, qkv_bias=True, out_bias=True)
 SMALL_TEACHER = TeacherConfig(
     num_layers=2,
     hidden_size=24,
-    num_heads=3,
+    num_heads=4,
     intermediate_size=40,
     image_size=28,
     out_size=20,
@@ -286,9 +286,9 @@ def test_teacher_qkv_is_in_thirds():
         "vision_model.encoder.layers.{i}.attn.qkv.bias"
     ]
     q, k, v = row.to_native(np.arange(72, dtype=np.float32))
-    np.testing.assert_array_equal(q[1], np.arange(8, 16))
-    np.testing.assert_array_equal(k[0], np.arange(24, 32))
-    np.testing.assert_array_equal(v[2], np.arange(64, 72))
+    np.testing.assert_array_equal(q[1], np.arange(6, 12))
+    np.testing.assert_array_equal(k[0], np.arange(24, 30))
+    np.testing.assert_array_equal(v[2], np.arange(60, 66))
 
 
 def test_layouts():

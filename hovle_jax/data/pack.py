@@ -1,7 +1,7 @@
 """Packing as a plan: which samples share a row is decided from their lengths alone.
 
 The mixed stream of samples is cut into windows of `window` samples; each window is packed by itself
-(best fit, longest first, under both limits). So a window's rows are a pure function of the stream,
+(best fit, largest first, under both limits). So a window's rows are a pure function of the stream,
 any window can be planned without the ones before it, and hosts and workers agree without talking.
 """
 
@@ -29,11 +29,17 @@ TOKEN_WEIGHTS: dict[str, Callable[[int], float]] = {
 def best_fit(lengths: Sequence[tuple[int, int]], tokens: int, tiles: int) -> list[list[int]]:
     """Rows of sample numbers; each row holds at most `tokens` and `tiles`, and keeps their order.
 
-    lengths: (tokens, tiles) per sample. A sample goes where it leaves the fewest tokens free.
+    lengths: (tokens, tiles) per sample. Samples are placed by how much of a row they take of the
+    limit they press hardest (by tokens alone, rows of many small pictures fill badly), each where
+    it leaves the fewest tokens free.
     """
     rows: list[list[int]] = []
     free = np.zeros((len(lengths), 2), np.int64)
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], i)):
+
+    def size(i: int) -> float:
+        return max(lengths[i][0] / tokens, lengths[i][1] / tiles if tiles else 0.0)
+
+    for i in sorted(range(len(lengths)), key=lambda i: (-size(i), i)):
         need = np.array(lengths[i])
         if need[0] > tokens or need[1] > tiles:
             raise UserError(f"a sample of {need[0]} tokens and {need[1]} tiles fits no row")

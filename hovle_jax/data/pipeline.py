@@ -159,14 +159,14 @@ class Pipeline:
         def global_row(i: int) -> int:
             return i // here * data.rows + host * here + i % here
 
-        rows = (
+        # Batched as a MapDataset: workers then share out whole batches, and change nothing.
+        batches = (
             grain.MapDataset.range(2**62)
             .map(global_row)
             .map(Rows(self._config, self, start, self._weights))
+            .batch(here)
         )
-        dataset = rows.to_iter_dataset(
-            grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * here)
-        ).batch(here)
+        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         if data.workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
                 flags.FLAGS(["hovle"], known_only=True)

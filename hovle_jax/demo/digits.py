@@ -29,14 +29,13 @@ DESCRIBE = "Describe."
 
 _QUAD = CANVAS // 2
 _TRAIN_BITMAPS = 1297
-_SIZES = (12, 13, 14, 15, 16)
+_SIZES = (14, 15, 16)
 # Exponents below one thicken a stroke (they lift its grey edge); above one they thin it. As with
 # slants, the first is the scan as it is and the only one held-out canvases use.
 _STROKES = np.stack([np.linspace(0, 1, 256) ** g for g in (1.0, 0.8, 1.3, 1.6)]).astype(np.float32)
 # (rotation in degrees, shear) of a scan. The training writers are too few to learn other
 # writers' slant from.
 _SLANTS = ((0, 0.0), (-12, 0.0), (12, 0.0), (0, -0.25), (0, 0.25), (-7, 0.15), (7, -0.15))
-_QA_SHARE = 0.75
 
 
 def optional_import(name: str) -> Any:
@@ -56,14 +55,14 @@ def load_bitmaps() -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _glyphs(size: int, slant: int) -> np.ndarray:
-    """Every scan at one size and slant, uint8 [1797, size, size]: warped once, drawn often."""
+def _glyphs(width: int, height: int, slant: int) -> np.ndarray:
+    """Every scan at one size and slant, uint8 [1797, height, width]: warped once, drawn often."""
     angle, shear = _SLANTS[slant]
-    cubic, half = Image.Resampling.BICUBIC, size / 2
-    shift = (1.0, shear, -shear * half, 0.0, 1.0, 0.0)
+    cubic = Image.Resampling.BICUBIC
+    shift = (1.0, shear, -shear * height / 2, 0.0, 1.0, 0.0)
 
     def glyph(bitmap: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(bitmap).resize((size, size), cubic)
+        image = Image.fromarray(bitmap).resize((width, height), cubic)
         if slant:
             image = image.transform(image.size, Image.Transform.AFFINE, shift, cubic)
             image = image.rotate(angle, cubic)
@@ -89,16 +88,19 @@ def render(
     bitmaps: Sequence[int] | np.ndarray, rng: np.random.Generator, *, augment: bool = False
 ) -> np.ndarray:
     """Draws four scans (indices, in `CELLS` order) as a canvas, uint8 [32, 32, 3]."""
-    u = rng.random((4, 6))
+    u = rng.random((4, 7))
     ink = np.zeros((CANVAS, CANVAS), np.float32)
     for cell, bitmap in enumerate(bitmaps):
-        size = _SIZES[int(u[cell, 0] * len(_SIZES))]
+        width = height = _SIZES[int(u[cell, 0] * len(_SIZES))]
+        if augment:
+            height = _SIZES[int(u[cell, 6] * len(_SIZES))]
         stroke = _STROKES[int(u[cell, 1] * len(_STROKES)) if augment else 0]
-        y = cell // 2 * _QUAD + int(u[cell, 2] * (_QUAD - size + 1))
-        x = cell % 2 * _QUAD + int(u[cell, 3] * (_QUAD - size + 1))
+        y = cell // 2 * _QUAD + int(u[cell, 2] * (_QUAD - height + 1))
+        x = cell % 2 * _QUAD + int(u[cell, 3] * (_QUAD - width + 1))
         strength = np.float32(0.8 + 0.2 * u[cell, 4])
         slant = int(u[cell, 5] * len(_SLANTS)) if augment else 0
-        ink[y : y + size, x : x + size] = strength * stroke[_glyphs(size, slant)[bitmap]]
+        glyph = _glyphs(width, height, slant)[bitmap]
+        ink[y : y + height, x : x + width] = strength * stroke[glyph]
     background = rng.uniform(0, 50) + rng.uniform(0, 25, 3)
     light = rng.uniform(190, 230) + rng.uniform(0, 25, 3)
     return (background + ink[..., None] * (light - background)).astype(np.uint8)
@@ -173,6 +175,7 @@ class Paths:
     unpaired: str
     align: str
     instruct_qa: str
+    instruct_yes_no: str
     meta_align: str
     meta_instruct: str
     test_position: str
@@ -200,6 +203,7 @@ def paths(out_dir: str) -> Paths:
         unpaired=j("images", "unpaired"),
         align=j("align.jsonl"),
         instruct_qa=j("instruct_qa.jsonl"),
+        instruct_yes_no=j("instruct_yes_no.jsonl"),
         meta_align=j("meta_align.json"),
         meta_instruct=j("meta_instruct.json"),
         test_position=j("test", "position.jsonl"),
@@ -297,14 +301,6 @@ def _write_meta(path: str, entries: dict[str, tuple[str, int, int]]) -> None:
         json.dump(meta, f, indent=2)
 
 
-def _repeats(qa: int, captions: int) -> tuple[int, int]:
-    """The smallest whole repeat times (InternVL refuses 1.5) that draw about 75% questions."""
-    pairs = itertools.product(range(1, 13), range(1, 13))
-    return min(
-        pairs, key=lambda p: (abs(p[0] * qa / (p[0] * qa + p[1] * captions) - _QA_SHARE), sum(p))
-    )
-
-
 def write_dataset(
     out_dir: str, *, seed: int, train_canvases: int, qa_per_canvas: int, test_per_type: int
 ) -> Paths:
@@ -341,17 +337,19 @@ def write_dataset(
     np.savez(p.labels_npz, **arrays)  # type: ignore[arg-type]
 
     captions = [(i, DESCRIBE, caption(row)) for i, row in enumerate(train)]
-    mixed = [row for kind in QUESTION_TYPES for row in qa[kind]]
+    mixed = [*qa["position"], *qa["comparison"]]
     mixed = [mixed[i] for i in rngs["train"].permutation(len(mixed))]
     _write_rows(p.align, names["train"], captions)
     _write_rows(p.instruct_qa, names["train"], mixed)
+    _write_rows(p.instruct_yes_no, names["train"], qa["yes_no"])
     for kind, path in p.tests.items():
         _write_rows(path, names["test"], test_qa[kind])
-    qa_repeat, caption_repeat = _repeats(len(mixed), len(captions))
     _write_meta(p.meta_align, {"digits_captions": ("align.jsonl", len(captions), 1)})
     instruct = {
-        "digits_qa": ("instruct_qa.jsonl", len(mixed), qa_repeat),
-        "digits_captions": ("align.jsonl", len(captions), caption_repeat),
+        "digits_qa": ("instruct_qa.jsonl", len(mixed), 1),
+        # Yes or no needs all four digits read right and compared: it takes the most practice.
+        "digits_yes_no": ("instruct_yes_no.jsonl", len(qa["yes_no"]), 2),
+        "digits_captions": ("align.jsonl", len(captions), 2),
     }
     _write_meta(p.meta_instruct, instruct)
 

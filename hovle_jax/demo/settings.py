@@ -72,8 +72,8 @@ def teacher_config() -> TeacherConfig:
     )
 
 
-STEPS = {"distill": 500, "align": 600, "instruct": 1100}
-LEARNING_RATES = {"distill": 3e-3, "align": 3e-3, "instruct": 7e-4}
+STEPS = {"distill": 600, "align": 600, "instruct": 1500}
+LEARNING_RATES = {"distill": 3e-3, "align": 3e-3, "instruct": 1e-3}
 
 
 def stage_config(

@@ -1,0 +1,143 @@
+"""Bad input: one clear line each, exit status 1, naming the file, row or key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hovle_jax.cli import load_config, main
+from hovle_jax.config import RunConfig, to_dict
+from hovle_jax.errors import UserError
+from tests.conftest import write_meta
+
+
+@pytest.fixture
+def run(world, tmp_path, one_line_error):
+    """`hovle train` of a stage with changes; returns its one line of error."""
+
+    def train(stage: str, *overrides: str, **changes: object) -> str:
+        changes = {"init__scratch": True} | changes
+        return one_line_error(argv(world, tmp_path, stage, *overrides, **changes))
+
+    return train
+
+
+def argv(world, tmp_path: Path, stage: str, *overrides: str, **changes: object) -> list[str]:
+    config = to_dict(world.config(stage, mesh__tensor=8, steps=1, **changes))
+    path = tmp_path / "config.py"
+    path.write_text(
+        "import ml_collections\n"
+        f"def get_config():\n    return ml_collections.ConfigDict({config!r})\n"
+    )
+    return ["train", f"--config={path}", f"--workdir={tmp_path / 'run'}", *overrides]
+
+
+def turns(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("--config.optim.lrr=1", "config.optim.lrr: unknown config key; did you mean 'lr'?"),
+        ("--config.optimizer.lr=1", "unknown config key"),
+        ("--config.optim.lr=fast", "config.optim.lr: expected float, got 'fast'"),
+        ("--config.stage=stage9", "config.stage: 'stage9' is not one of distill, align, instruct"),
+        ("--config.model.dtype=int8", "model.dtype: 'int8' is not one of"),
+        ("--config.trainable='embedding/nothing'", "config.trainable"),
+    ],
+)
+def test_config_errors_name_the_key(run, override, expected):
+    assert expected in run("instruct", override)
+
+
+def test_overrides_reach_the_config(world, tmp_path):
+    args = argv(world, tmp_path, "instruct")
+    path = args[1].removeprefix("--config=")
+    config = load_config(path, ["--config.optim.lr=1e-5", "--config.data.system=hi"])
+    assert config.optim.lr == 1e-5 and config.data.system == "hi"
+    assert isinstance(config, RunConfig)
+
+
+def test_missing_image(run, world):
+    meta = write_meta(world.root, [{"image": "no.png", "conversations": turns("hi")}], "a.json")
+    line = run("instruct", data__meta=str(meta))
+    assert "a.jsonl:1" in line and "no.png" in line and "not found" in line
+
+
+def test_placeholders_that_do_not_match_the_images(run, world):
+    row = {"image": "00.png", "conversations": turns("<image>\n<image>\nhi")}
+    ok = {"image": "00.png", "conversations": turns("hi")}
+    line = run("instruct", data__meta=str(write_meta(world.root, [ok, row], "b.json")))
+    assert "b.jsonl:2" in line and "<image>" in line
+
+
+def test_corrupt_jpeg(run, world, tmp_path):
+    whole = (world.root / "images" / "01.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    row = {"image": str(tmp_path / "cut.jpg"), "conversations": turns("hi")}
+    line = run("instruct", data__meta=str(write_meta(world.root, [row], "c.json")))
+    assert "c.jsonl:1" in line and "cut.jpg" in line
+
+
+def test_stage_2_needs_stage_1_or_an_explicit_flag(run):
+    line = run("align", init__scratch=False)
+    assert "config.init.previous" in line and "'distill'" in line and "scratch" in line
+
+
+def test_stage_3_does_not_start_from_stage_1(run, world, tmp_path):
+    first = tmp_path / "first"
+    args = argv(world, tmp_path, "distill")
+    args[2] = f"--workdir={first}"
+    assert main(args) == 0
+    line = run("instruct", init__scratch=False, init__previous=str(first))
+    assert "is stage 'distill'" in line and "starts from 'align'" in line
+
+
+def test_a_tokenizer_of_another_model(run):
+    line = run("instruct", "--config.model.img_context_id=5")
+    assert "config.model.img_context_id is 5" in line
+
+
+def test_no_llm(run):
+    line = run("distill", init__llm="", init__scratch=False)
+    assert "embedding/text/table" in line and "config.init.llm" in line
+
+
+def test_a_workdir_of_another_run(world, tmp_path, one_line_error):
+    assert main(argv(world, tmp_path, "instruct", init__scratch=True)) == 0
+    again = argv(world, tmp_path, "align", init__scratch=True)
+    assert "config.stage" in one_line_error(again)
+
+
+def test_chat_needs_a_model(one_line_error, tmp_path):
+    assert "no config.json" in one_line_error(["chat", str(tmp_path), "--prompt", "hi"])
+
+
+def test_unknown_arguments_are_a_usage_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", f"--workdir={tmp_path}"])
+    assert stop.value.code == 2
+    assert main(["chat", "x", "--promt=hi"]) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "chat"])
+def test_every_command_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "example:" in capsys.readouterr().out
+
+
+def test_config_files_build_and_round_trip():
+    names = ["stage1_distill", "stage2_align", "stage3_instruct"]
+    for name in names:
+        for variant in ("hovle_2b", "hovle_hd", "tiny"):
+            config = load_config(f"configs/{name}.py:{variant}")
+            assert config.model.name == variant
+            again = RunConfig.from_config_dict(json.loads(json.dumps(to_dict(config))))
+            assert again == config
+    with pytest.raises(UserError, match="hovle_9b"):
+        load_config("configs/stage1_distill.py:hovle_9b")

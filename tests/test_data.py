@@ -1,0 +1,155 @@
+"""Packing and mixing are pure functions; any cursor, host count or worker count gives the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from hovle_jax.config import IGNORE
+from hovle_jax.data.pack import Plan, assemble, best_fit
+from hovle_jax.data.pipeline import Pipeline, Stream
+from hovle_jax.data.samples import Sample
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
+from hovle_jax.stages import get_stage
+
+
+def lengths(n: int) -> tuple[int, int]:
+    rng = np.random.default_rng((3, n))
+    return int(rng.integers(5, 60)), int(rng.integers(0, 4))
+
+
+def test_best_fit_places_every_sample_once_within_both_limits():
+    samples = [lengths(n) for n in range(200)]
+    rows = best_fit(samples, tokens=100, tiles=6)
+    assert sorted(itertools.chain(*rows)) == list(range(200))
+    totals = np.array([[sum(samples[i][k] for i in row) for k in (0, 1)] for row in rows])
+    assert (totals <= (100, 6)).all()
+    least = max(sum(s[0] for s in samples) / 100, sum(s[1] for s in samples) / 6)
+    assert len(rows) <= 1.05 * least
+    with pytest.raises(UserError, match="fits no row"):
+        best_fit([(101, 0)], tokens=100, tiles=6)
+
+
+def plan(start: tuple[int, int] = (0, 0)) -> Plan:
+    return Plan(lengths, window=32, tokens=100, tiles=6, start=start)
+
+
+def test_a_plan_continues_from_any_place_without_what_came_before():
+    whole = plan()
+    rows = [whole[i] for i in range(120)]
+    assert sorted(itertools.chain(*rows))[:300] == list(range(300))
+    for row in (0, 1, 17, 63, 100):
+        resumed = plan(whole.locate(row))
+        assert [resumed[i] for i in range(15)] == rows[row : row + 15]
+    ahead = plan()
+    assert ahead[100] == rows[100] and ahead[3] == rows[3], "rows may be read in any order"
+
+
+def test_assembled_rows_restart_positions_and_weigh_answers():
+    def sample(n: int, answers: int, tiles: int) -> Sample:
+        labels = np.full(n, IGNORE, np.int32)
+        labels[n - answers :] = 7
+        return Sample(np.arange(n, dtype=np.int32), labels, np.full((tiles, 4, 4, 3), n, np.uint8))
+
+    row = assemble(
+        [sample(5, 1, 1), sample(6, 4, 2)],
+        tokens=14,
+        tiles=4,
+        image_size=4,
+        weights="square",
+        pad_id=2,
+    )
+    assert row["segment_ids"].tolist() == [1] * 5 + [2] * 6 + [0] * 3
+    assert row["position_ids"].tolist() == [*range(5), *range(6), 0, 0, 0]
+    assert row["input_ids"].tolist()[11:] == [2, 2, 2]
+    np.testing.assert_allclose(row["loss_weight"], [0] * 4 + [1] + [0] * 2 + [0.5] * 4 + [0] * 3)
+    assert row["pixels"][:, 0, 0, 0].tolist() == [5, 6, 6, 0]
+
+
+def make(world, stage: str, **changes) -> Pipeline:
+    config = world.config(stage, **changes)
+    row = get_stage(stage)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    return Pipeline(config, row.data, row.token_weights, tokenizer)
+
+
+def take(batches, count: int) -> list:
+    return list(itertools.islice(batches, count))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("stage", ["distill", "instruct"])
+def test_batches_continue_from_a_cursor_bit_for_bit(world, stage):
+    whole = take(make(world, stage).batches(), 9)
+    for step in (1, 4, 7):
+        resumed = take(make(world, stage).batches(whole[step - 1][1]), 9 - step)
+        for (a, cursor_a), (b, cursor_b) in zip(whole[step:], resumed, strict=True):
+            assert same(a, b) and cursor_a == cursor_b
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_disjoint_parts_of_the_same_global_batches(world, hosts):
+    pipeline = make(world, "instruct")
+    whole = take(pipeline.batches(), 5)
+    parts = [take(pipeline.batches(host=h, hosts=hosts), 5) for h in range(hosts)]
+    for step, (batch, cursor) in enumerate(whole):
+        pieces = [part[step][0] for part in parts]
+        joined = {k: np.concatenate([p[k] for p in pieces]) for k in batch}
+        assert same(batch, joined)
+        assert all(part[step][1] == cursor for part in parts)
+
+
+def test_worker_processes_change_nothing(world):
+    threads = take(make(world, "instruct").batches(), 3)
+    workers = take(make(world, "instruct", data__workers=2).batches(), 3)
+    assert all(same(a, b) and c == d for (a, c), (b, d) in zip(threads, workers, strict=True))
+
+
+def test_every_record_is_seen_once_per_epoch_in_a_new_order():
+    stream = Stream([10], [1.0], seed=5)
+    epochs = [[stream[10 * e + i][1] for i in range(10)] for e in range(3)]
+    assert all(sorted(e) == list(range(10)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_sources_are_mixed_by_weight():
+    stream = Stream([100, 7], [3.0, 1.0], seed=0)
+    share = np.mean([stream[n][0] for n in range(4000)])
+    assert abs(share - 0.25) < 0.005
+
+
+def test_stage_1_rows_hold_images_and_random_text_in_both_orders(world):
+    batch, _ = next(make(world, "distill").batches())
+    c = world.model
+    orders = set()
+    for ids, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True):
+        for s in range(1, segments.max() + 1):
+            run = ids[segments == s]
+            images = int((run == c.img_context_id).sum())
+            assert run[0] == c.bos_id and images % c.tokens_per_tile == 0
+            text = [i for i in run[1:] if i not in (c.img_start_id, c.img_end_id, c.img_context_id)]
+            assert len(text) == images, "one text token per image token"
+            orders.add(bool(run[1] == c.img_start_id))
+    assert orders == {True, False}
+    assert (batch["labels"] == IGNORE).all()
+
+
+def test_stage_1_reads_a_text_file(world, tmp_path):
+    (tmp_path / "text.txt").write_text("white please\n")
+    batch, _ = next(make(world, "distill", data__text=str(tmp_path / "text.txt")).batches())
+    tokenizer = Tokenizer.load(world.root / "tokenizer")
+    expected = set(tokenizer.encode_ordinary("white please"))
+    ids = set(batch["input_ids"][batch["segment_ids"] > 0].tolist())
+    c = world.model
+    assert ids - {c.bos_id, c.img_start_id, c.img_end_id, c.img_context_id} == expected
+
+
+def test_a_record_longer_than_a_row_is_an_error(world):
+    with pytest.raises(UserError, match=r"record \d+ has \d+ tokens .* a row holds 20"):
+        make(world, "instruct", data__tokens=20)
