@@ -14,15 +14,12 @@ def load(model_dir: str | Path) -> tuple[Any, dict[str, Any]]:
     Raises:
       UserError: the directory holds no model.
     """
-    import json
-
     from hovle_jax import checkpoint
     from hovle_jax.config import ModelConfig, RunConfig
     from hovle_jax.errors import UserError
     from hovle_jax.hf import reader
 
-    path = Path(model_dir) / "config.json"
-    if path.is_file() and "model_type" in json.loads(path.read_text()):
+    if reader.is_hugging_face(model_dir):
         return reader.read_hovle(model_dir)
     config, params = checkpoint.load(model_dir)
     model = config.model if isinstance(config, RunConfig) else config

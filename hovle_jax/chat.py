@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from hovle_jax import checkpoint
 from hovle_jax.config import DataConfig, ModelConfig, RunConfig
 from hovle_jax.data.chat import encode_prompt
@@ -15,6 +17,7 @@ from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
+from hovle_jax.hf import reader
 from hovle_jax.tree import flatten
 
 
@@ -37,7 +40,14 @@ class Assistant:
 
     @classmethod
     def load(cls, directory: str | Path) -> Assistant:
-        """From the work directory of a run, which knows its own template and tile limits."""
+        """From a run's work directory or a released HoVLE's Hugging Face directory.
+
+        Both know their own template and tile limits.
+        """
+        if reader.is_hugging_face(directory):
+            model, read = reader.read_hovle(directory)
+            data = reader.data_config(reader.read_config(directory))
+            return cls(model, jax.device_put(read), Tokenizer.load(directory), data)
         stored, params = checkpoint.load(directory)
         if not isinstance(stored, RunConfig) or "decoder/norm/scale" not in flatten(params):
             raise UserError(f"{directory}: not the work directory of a run with an LLM (stage II+)")

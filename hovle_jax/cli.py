@@ -75,6 +75,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     except Preempted as reason:
         print(f"preempted: {reason}; run the same command again", file=sys.stderr)
         return EXIT_PREEMPTED
+    print(f"{config.stage}: {config.steps} steps done, result in {args.workdir}")
     return 0
 
 

@@ -61,6 +61,8 @@ def generate(
     """
     stop = list(stop_ids if stop_ids is not None else (config.im_end_id, config.eos_id))
     for i, (prompt, pixels) in enumerate(zip(prompts, tiles, strict=True)):
+        if pixels.dtype != np.uint8:
+            raise UserError(f"prompt {i}: tiles must be uint8, not {pixels.dtype}")
         places = int(np.sum(prompt == config.img_context_id))
         if places != len(pixels) * config.tokens_per_tile:
             raise UserError(

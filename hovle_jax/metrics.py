@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,10 @@ class MetricLog:
         self._path = Path(path)
         rows = [r for r in read_metrics(self._path) if r["step"] <= start_step]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        # Replaced in one piece: a crash in between leaves the old file.
+        fresh = self._path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        os.replace(fresh, self._path)
         self._file = self._path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -51,11 +55,9 @@ class Progress:
         self._tty = self._out.isatty()
         self._begin = time.monotonic()
         self._last_drawn = 0.0
-        self._done = start
 
     def update(self, done: int, text: str = "") -> None:
         """`done` items of the total are finished."""
-        self._done = done
         now = time.monotonic()
         last = done >= self._total
         if self._tty:
@@ -72,9 +74,6 @@ class Progress:
         else:
             self._out.write(line + "\n")
         self._out.flush()
-
-    def advance(self, count: int) -> None:
-        self.update(self._done + count)
 
 
 def _clock(seconds: float) -> str:

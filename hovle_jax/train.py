@@ -41,7 +41,7 @@ from hovle_jax.train_step import (
     state_shardings,
     trainable_regex,
 )
-from hovle_jax.tree import split, unflatten
+from hovle_jax.tree import flatten, split, unflatten
 
 Params = dict[str, Any]
 
@@ -78,7 +78,7 @@ def train(
         if checkpoints.latest() is None:
             check_order(config, stage)
         step_fn = jit_step(config, mesh)
-        pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer)
+        pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=quiet)
         teach = teacher_params(config, mesh) if stage.teacher else {}
         state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
         tokenizer.save(workdir / "tokenizer")
@@ -90,7 +90,15 @@ def train(
         with _sigterm() as terminated:
             for step in range(int(state.step) + 1, config.steps + 1):
                 begin = time.monotonic()
-                host_batch, cursor = next(batches)
+                try:
+                    host_batch, following = next(batches)
+                except UserError:  # a bad record costs no step that is done
+                    if step - 1 not in (0, checkpoints.latest()):
+                        reporter.flush()
+                        checkpoints.save(state, cursor)
+                    checkpoints.close()
+                    raise
+                cursor = following
                 waited = time.monotonic() - begin
                 batch = _to_device(host_batch, place)
                 state, metrics = step_fn(state, frozen, teach, batch)
@@ -110,17 +118,20 @@ def train(
 
 
 def _check_same_run(config: RunConfig, workdir: Path) -> None:
-    """A work directory belongs to one run: the same stage, model and optimizer shapes."""
+    """A work directory belongs to one run: the same stage and model, and data its cursor fits."""
     if not (workdir / "config.json").is_file():
         return
     stored = read_config(workdir)
     if not isinstance(stored, RunConfig):
         raise UserError(f"{workdir}: is a model directory, not the work directory of a run")
-    for name in ("stage", "model", "trainable", "seed"):
-        old, new = to_dict(getattr(stored, name)), to_dict(getattr(config, name))
-        if old != new:
+    free = {"data.rows", "data.workers", "model.remat", "model.attention", "model.loss_chunk"}
+    for name in ("stage", "model", "trainable", "seed", "data"):
+        old, new = (flatten({name: to_dict(getattr(c, name))}, ".") for c in (stored, config))
+        changed = sorted(k for k in new if old[k] != new[k] and k not in free)
+        if changed:
             raise UserError(
-                f"{workdir}: belongs to a run with another config.{name}; use a new --workdir"
+                f"{workdir}: belongs to a run with config.{changed[0]}={old[changed[0]]!r}; use "
+                "that, or a new --workdir"
             )
 
 
@@ -146,7 +157,9 @@ def _start(
     if frozen:
         write_tree(workdir / "frozen", frozen)
     tx = make_optimizer(config.optim, config.steps, trainable_shapes)
-    state = jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(trainable)
+    state = jax.jit(lambda p: new_state(p, tx), out_shardings=shardings, donate_argnums=0)(
+        trainable
+    )
     return state, frozen, START
 
 

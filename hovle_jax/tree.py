@@ -9,11 +9,14 @@ import re
 from typing import Any
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], separator: str = "/") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, path + "/") if isinstance(value, dict) else {path: value}
+        if isinstance(value, dict):
+            inner = flatten(value, separator)
+            flat |= {f"{key}{separator}{path}": leaf for path, leaf in inner.items()}
+        else:
+            flat[key] = value
     return flat
 
 

@@ -160,7 +160,8 @@ def one_line_error(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], 
     def run(argv: list[str]) -> str:
         capsys.readouterr()
         assert main(argv) == 1
-        lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("WARNING")]
+        noise = ("WARNING", "measuring ")
+        lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith(noise)]
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 

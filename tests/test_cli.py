@@ -109,7 +109,9 @@ def test_no_llm(run):
 def test_a_workdir_of_another_run(world, tmp_path, one_line_error):
     assert main(argv(world, tmp_path, "instruct", init__scratch=True)) == 0
     again = argv(world, tmp_path, "align", init__scratch=True)
-    assert "config.stage" in one_line_error(again)
+    assert "config.stage='instruct'" in one_line_error(again)
+    again = argv(world, tmp_path, "instruct", init__scratch=True, data__window=64)
+    assert "config.data.window=32" in one_line_error(again)
 
 
 def test_chat_needs_a_model(one_line_error, tmp_path):

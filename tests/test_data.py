@@ -73,7 +73,7 @@ def make(world, stage: str, **changes) -> Pipeline:
     config = world.config(stage, **changes)
     row = get_stage(stage)
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    return Pipeline(config, row.data, row.token_weights, tokenizer)
+    return Pipeline(config, row.data, row.token_weights, tokenizer, quiet=True)
 
 
 def take(batches, count: int) -> list:

@@ -29,7 +29,7 @@ def loss_and_gradients(world, stage_name: str, mesh_config: MeshConfig, devices:
     stage = get_stage(stage_name)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer)
+    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
     batch, _ = next(pipeline.batches())
     with jax.set_mesh(mesh):
         params = initial_params(config, stage, mesh)

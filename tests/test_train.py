@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hovle_jax.config import to_dict
 from hovle_jax.metrics import read_metrics
 from hovle_jax.train import train as train_on
 from hovle_jax.tree import flatten
+from tests.conftest import write_meta
 
 
 def train(config, workdir, devices=1):
@@ -134,6 +136,26 @@ def test_a_checkpoint_restores_onto_another_mesh(world, stages, tmp_path):
         range(1, 7)
     )
     assert open_stored(tmp_path / "one").step == 6
+
+
+def test_a_bad_record_in_mid_run_loses_no_step(world, tmp_path, one_line_error):
+    """The file breaks after it was measured: the steps done until then are saved."""
+    images = tmp_path / "images"
+    shutil.copytree(world.root / "images", images)
+    row = {"image": "01.jpg", "conversations": [{"from": "human", "value": "Which colour?"}]}
+    row["conversations"].append({"from": "gpt", "value": "red"})
+    meta = write_meta(tmp_path, [row] * 40)
+    config = world.config("instruct", steps=400, init__scratch=True, data__meta=str(meta))
+    workdir = tmp_path / "run"
+    process = _spawn(config, workdir)
+    _wait_for_step(workdir, 3, process)
+    whole = (images / "01.jpg").read_bytes()
+    (images / "01.jpg").write_bytes(whole[: len(whole) // 2])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: " in err.splitlines()[-1] and "01.jpg" in err.splitlines()[-1]
+    steps = [r["step"] for r in read_metrics(workdir / "metrics.jsonl")]
+    assert open_stored(workdir).step == steps[-1] >= 3
 
 
 def _spawn(config, workdir: Path) -> subprocess.Popen:

@@ -9,7 +9,7 @@ The cursor is two integers, the same for any number of hosts and workers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -22,6 +22,7 @@ from hovle_jax.data.readers import ImageFolder, TextLines, open_meta
 from hovle_jax.data.samples import Conversations, SampleSource, UnpairedImages, check_tokenizer
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.metrics import Progress
 
 Cursor = dict[str, int]
 START: Cursor = {"window": 0, "row": 0}
@@ -50,11 +51,10 @@ def open_sources(
     return sources, [len(e.source) * e.repeat for e in entries]
 
 
-def measure(
-    source: SampleSource, tokens: int, tiles: int, progress: Callable[[int], None] | None = None
-) -> np.ndarray:
+def measure(source: SampleSource, tokens: int, tiles: int, *, quiet: bool = False) -> np.ndarray:
     """int32 [records, 2]: (tokens, tiles) of every record; a record no row can hold is an error."""
     lengths = np.zeros((len(source), 2), np.int32)
+    progress = Progress(f"measuring {source.name}", len(source), every=100_000)
     for i in range(len(source)):
         lengths[i] = source.measure(i)
         if lengths[i, 0] > tokens or lengths[i, 1] > tiles:
@@ -62,8 +62,8 @@ def measure(
                 f"{source.name}: record {i + 1} has {lengths[i, 0]} tokens and {lengths[i, 1]} "
                 f"tiles; a row holds {tokens} and {tiles} (config.data.tokens, config.data.tiles)"
             )
-        if progress is not None:
-            progress(1)
+        if not quiet:
+            progress.update(i + 1)
     return lengths
 
 
@@ -123,12 +123,13 @@ class Pipeline:
         kind: str,
         token_weights: str,
         tokenizer: Tokenizer,
-        progress: Callable[[int], None] | None = None,
+        *,
+        quiet: bool = False,
     ):
         self._config, self._weights = config, token_weights
         self.sources, weights = open_sources(config, kind, tokenizer)
         data = config.data
-        self._lengths = [measure(s, data.tokens, data.tiles, progress) for s in self.sources]
+        self._lengths = [measure(s, data.tokens, data.tiles, quiet=quiet) for s in self.sources]
         self.stream = Stream([len(s) for s in self.sources], weights, config.seed)
 
     def _length(self, n: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from hovle_jax.config import LayersConfig, ModelConfig, TeacherConfig
+from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hf import names
 from hovle_jax.tree import unflatten
@@ -18,14 +18,14 @@ from hovle_jax.tree import unflatten
 
 def read_hovle(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """A HoVLE or HoVLE-HD directory -> (config, params in the files' dtype)."""
-    raw = _read_config(directory)
+    raw = read_config(directory)
     config = hovle_config(raw, name=Path(directory).name)
     return config, read_rows(directory, names.hovle(config))
 
 
 def read_teacher(directory: str | Path) -> tuple[TeacherConfig, dict[str, Any]]:
     """The vision tower and mlp1 of an InternVL directory -> (config, params)."""
-    raw = _read_config(directory)
+    raw = read_config(directory)
     config = teacher_config(raw)
     return config, read_rows(directory, names.teacher(config))
 
@@ -57,6 +57,21 @@ def hovle_config(raw: dict[str, Any], name: str = "hovle") -> ModelConfig:
         img_end_id=e["img_context_token_id"] - 1,
         img_context_id=e["img_context_token_id"],
     )
+
+
+def data_config(raw: dict[str, Any]) -> DataConfig:
+    """Chat template and tile limits of a released checkpoint."""
+    return DataConfig(
+        template=raw.get("template", "internlm2-chat"),
+        min_tiles=raw.get("min_dynamic_patch", 1),
+        max_tiles=raw.get("max_dynamic_patch", 12),
+        thumbnail=raw.get("use_thumbnail", True),
+    )
+
+
+def is_hugging_face(directory: str | Path) -> bool:
+    path = Path(directory) / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
 
 
 def teacher_config(raw: dict[str, Any]) -> TeacherConfig:
@@ -99,7 +114,7 @@ def _layers(c: dict[str, Any], *, bias: bool) -> LayersConfig:
     )
 
 
-def _read_config(directory: str | Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a Hugging Face model directory")

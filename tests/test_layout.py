@@ -1,0 +1,80 @@
+"""The layering of the package: a file imports only files above it in this list."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "hovle_jax"
+ORDER = [
+    "errors",
+    "config",
+    "tree",
+    "metrics",
+    "sharding",
+    "attention",
+    "layers",
+    "embedding",
+    "decoder",
+    "model",
+    "teacher",
+    "losses",
+    "data.records",
+    "data.image",
+    "data.tokenizer",
+    "data.chat",
+    "data.readers",
+    "data.samples",
+    "data.pack",
+    "data.pipeline",
+    "stages",
+    "optim",
+    "train_step",
+    "checkpoint",
+    "initialize",
+    "hf.names",
+    "hf.reader",
+    "generate",
+    "chat",
+    "train",
+    "demo.digits",
+    "demo.report",
+    "demo.settings",
+    "demo.standins",
+    "demo.score",
+    "demo.run",
+    "cli",
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, in dotted form without 'hovle_jax.'."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    names = {n.removeprefix("hovle_jax.") for n in found if n.startswith("hovle_jax.")}
+    return names & set(ORDER)
+
+
+def test_files_import_only_files_above_them():
+    for name in ORDER:
+        path = ROOT / (name.replace(".", "/") + ".py")
+        late = {n for n in imports(path) if ORDER.index(n) >= ORDER.index(name)}
+        assert not late, f"{name} imports {late}"
+
+
+def test_the_list_is_complete():
+    found = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in ROOT.rglob("*.py")
+        if p.name != "__init__.py"
+    }
+    assert found == set(ORDER)
+
+
+def test_files_stay_short():
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 500, path
