@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from hovle_jax import model as hovle_model
 from hovle_jax.chat import Assistant
@@ -103,7 +104,9 @@ def prepare(out: Path, seed: int) -> Setup:
     llm, llm_quality = standins.train_lm(config, tokenizer, seed)
     save_model(out / "standins" / "llm", config, llm)
     teacher_config = settings.teacher_config()
-    teacher, teacher_quality = standins.train_teacher(teacher_config, paths, seed)
+    ids = [tokenizer.encode_ordinary(str(d))[0] for d in range(10)]
+    words = np.asarray(llm["embedding"]["text"]["table"])[ids]
+    teacher, teacher_quality = standins.train_teacher(teacher_config, words, paths, seed)
     save_model(out / "standins" / "teacher", teacher_config, teacher)
     quality = {
         "text-only LM: questions about textual canvases": llm_quality,

@@ -6,6 +6,7 @@ of them knows can reach the other only through the three stages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from hovle_jax.metrics import Progress
 Params = dict[str, Any]
 TEACHER_STEPS, TEACHER_BATCH, LM_STEPS = 800, 192, 850
 LM_ROWS, LM_TOKENS = 96, 28
+TEMPERATURE = 15.0
 
 
 def _fit(
@@ -65,28 +67,28 @@ def _load(paths: digits.Paths, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quadrants(features: jax.Array) -> jax.Array:
-    """[N, T, E] on a square grid -> [N, 4, T/4 * E], in the order of digits.CELLS."""
+    """[N, T, E] on a square grid -> mean feature of each quadrant [N, 4, E], as digits.CELLS."""
     n, tokens, e = features.shape
-    half = int(tokens**0.5) // 2
-    x = features.reshape(n, 2, half, 2, half, e)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 4, -1)
+    half = math.isqrt(tokens) // 2
+    return features.reshape(n, 2, half, 2, half, e).mean((2, 4)).reshape(n, 4, e)
 
 
-def train_teacher(config: TeacherConfig, paths: digits.Paths, seed: int) -> tuple[Params, float]:
-    """(teacher parameters, accuracy of reading digits of held-out writers)."""
-    images, labels = (
-        np.concatenate(x) for x in zip(_load(paths, "train"), _load(paths, "unpaired"), strict=True)
-    )
+def train_teacher(
+    config: TeacherConfig, words: np.ndarray, paths: digits.Paths, seed: int
+) -> tuple[Params, float]:
+    """(teacher parameters, accuracy of reading digits of held-out writers).
+
+    words: [10, E], the LM's vectors of the ten digits. Features are trained to point at the vector
+    of their label, because the teacher this stands for ends in the LLM's input space (mlp1).
+    """
+    parts = zip(_load(paths, "train"), _load(paths, "unpaired"), strict=True)
+    images, labels = (np.concatenate(x) for x in parts)
     rng = np.random.default_rng((seed, 1))
-    keys = jax.random.split(jax.random.key(seed))
-    width = config.tokens_per_tile // 4 * config.out_size
-    # The head that reads the features is thrown away: only the features are the teacher.
-    head = 0.02 * jax.random.normal(keys[0], (width, 10))
-    params: Params = {"teacher": teacher.init(keys[1], config), "head": head}
+    words = words / np.linalg.norm(words, axis=-1, keepdims=True)
 
     def scores(params: Params, pixels: jax.Array) -> jax.Array:
-        features = teacher.apply(params["teacher"], pixels, config)["features"]
-        return _quadrants(features) @ params["head"]
+        x = _quadrants(teacher.apply(params, pixels, config)["features"])
+        return TEMPERATURE * (x / jnp.linalg.norm(x, axis=-1, keepdims=True)) @ words.T
 
     def loss(params: Params, batch: Any) -> jax.Array:
         pixels, labels = batch
@@ -98,10 +100,11 @@ def train_teacher(config: TeacherConfig, paths: digits.Paths, seed: int) -> tupl
             pick = rng.integers(len(images), size=TEACHER_BATCH)
             yield images[pick], labels[pick]
 
+    params = teacher.init(jax.random.key(seed), config)
     params = _fit("vision teacher", params, loss, batches(), TEACHER_STEPS, 2e-3)
     test, truth = _load(paths, "test")
     guess = jax.jit(scores)(params, test).argmax(-1)
-    return params["teacher"], float((np.asarray(guess) == truth).mean())
+    return params, float((np.asarray(guess) == truth).mean())
 
 
 def _text_row(
