@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "hovle chat runs/demo/full/instruct --image digit.png --prompt 'Which digit is top-left?'",
     )
     chat.add_argument("model_dir", metavar="MODEL_DIR")
-    chat.add_argument("--image", action="append", default=[], metavar="PATH")
+    chat.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH")
     chat.add_argument("--prompt")
     chat.add_argument("--max-new-tokens", type=int, default=64)
     return parser

@@ -46,6 +46,7 @@ def turns(question: str) -> list[dict[str, str]]:
         ("--config.optim.lr=fast", "config.optim.lr: expected float, got 'fast'"),
         ("--config.stage=stage9", "config.stage: 'stage9' is not one of distill, align, instruct"),
         ("--config.model.dtype=int8", "model.dtype: 'int8' is not one of"),
+        ("--config.optim.accumulate=3", "config.data.rows 8 is not a multiple of 3"),
         ("--config.trainable='embedding/nothing'", "config.trainable"),
     ],
 )

@@ -72,7 +72,7 @@ def teacher_config() -> TeacherConfig:
     )
 
 
-STEPS = {"distill": 600, "align": 120, "instruct": 700}
+STEPS = {"distill": 1000, "align": 120, "instruct": 1000}
 LEARNING_RATES = {"distill": 3e-3, "align": 3e-3, "instruct": 1e-3}
 
 
