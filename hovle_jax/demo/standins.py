@@ -27,7 +27,7 @@ from hovle_jax.demo import digits
 from hovle_jax.metrics import Progress
 
 Params = dict[str, Any]
-TEACHER_STEPS, TEACHER_BATCH, LM_STEPS = 1000, 192, 750
+TEACHER_STEPS, TEACHER_BATCH, LM_STEPS = 900, 192, 900
 LM_ROWS, LM_TOKENS = 96, 28
 TEMPERATURE = 15.0
 
