@@ -257,7 +257,8 @@ class MeshConfig:
 class InitConfig:
     """Where parameters come from before the first step (a resumed run never looks here).
 
-    Later sources win: random values (only with `scratch`), then `llm`, then `previous`.
+    Later sources win: random values (stage I's embedding
+    module, anything with `scratch`), then `llm`, then `previous`.
     """
 
     llm: str = ""  # native model directory: decoder/* and the text table

@@ -1,6 +1,6 @@
 """Parameters before the first step: from other runs, from imported models, or random.
 
-    random (only with config.init.scratch) < config.init.llm < config.init.previous
+    random (stage I's embedding module; anything with scratch) < init.llm < init.previous
 
 Every parameter is read or made directly in its shards of the mesh.
 """
