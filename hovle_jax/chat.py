@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from hovle_jax import checkpoint
-from hovle_jax.config import DataConfig, ModelConfig, RunConfig
+from hovle_jax.config import DataConfig, ModelConfig
 from hovle_jax.data.chat import encode_prompt
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
-from hovle_jax.hf import reader
-from hovle_jax.tree import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +36,17 @@ class Assistant:
 
     @classmethod
     def load(cls, directory: str | Path) -> Assistant:
-        """From a run's work directory or a released HoVLE's Hugging Face directory.
+        """From a run's work directory, an imported model or a Hugging Face directory.
 
-        Both know their own template and tile limits.
+        All of them know their own template and tile limits.
         """
-        if reader.is_hugging_face(directory):
-            model, read = reader.read_hovle(directory)
-            data = reader.data_config(reader.read_config(directory))
-            return cls(model, jax.device_put(read), Tokenizer.load(directory), data)
         stored, params = checkpoint.load(directory)
-        if not isinstance(stored, RunConfig) or "decoder/norm/scale" not in flatten(params):
-            raise UserError(f"{directory}: not the work directory of a run with an LLM (stage II+)")
-        tokenizer = Tokenizer.load(Path(directory) / "tokenizer")
-        return cls(stored.model, params, tokenizer, stored.data)
+        if "decoder/norm/scale" not in stored.paths or "embedding/vision/position" not in (
+            stored.paths
+        ):
+            raise UserError(f"{directory}: holds no whole model (stage II and later do)")
+        tokenizer = Tokenizer.load(stored.tokenizer)
+        return cls(stored.model, params, tokenizer, stored.data or DataConfig())
 
     def answer(self, questions: Sequence[Question], *, max_new: int = 64) -> list[str]:
         """Greedy answers to a batch of questions."""

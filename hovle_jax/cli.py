@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,60 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _import(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        return _usage(f"unknown argument {rest[0]}")
+    from hovle_jax.hf.importer import import_directory
+
+    for directory in import_directory(args.hf_dir, args.out_dir):
+        print(f"wrote {directory}")
+    return 0
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        return _usage(f"unknown argument {rest[0]}")
+    from hovle_jax.hf import export
+    from hovle_jax.hf.writer import ExportOptions, parse_size
+
+    options = ExportOptions(
+        flavour=args.flavour,
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        assets=args.assets,
+        license=args.license,
+    )
+    for remark in export.export(args.model_dir, args.out_dir, options, verify=args.verify):
+        print(f"note: {remark}", file=sys.stderr)
+    print(f"wrote {args.out_dir}")
+    return 0
+
+
+def _verify(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        return _usage(f"unknown argument {rest[0]}")
+    if not args.cases and not args.live:
+        return _usage("verify needs recorded cases or --live HF_DIR")
+    from hovle_jax.hf.cases import table
+    from hovle_jax.hf.live import compare_live
+    from hovle_jax.hf.verify import Verifier
+
+    reports = []
+    if args.cases:
+        verifier = Verifier(args.model_dir, args.dtype)
+        for case in args.cases:
+            reports.append(verifier.case(case))
+            print(table(reports[-1:], every=args.all), flush=True)
+    if args.live:
+        reports.append(compare_live(args.model_dir, args.live))
+        print(table(reports[-1:], every=args.all))
+    passed = all(report.passed for report in reports)
+    if args.json:
+        body = {"passed": passed, "cases": [report.to_json() for report in reports]}
+        Path(args.json).write_text(json.dumps(body, indent=2) + "\n")
+    return 0 if passed else EXIT_ERROR
+
+
 def _chat(args: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         return _usage(f"unknown argument {rest[0]}")
@@ -142,6 +197,60 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     train.add_argument("--workdir", required=True)
 
+    imported = add(
+        "import",
+        _import,
+        "Hugging Face directory (HoVLE, InternVL, InternLM2, Llama, Qwen2) -> native directory.",
+        "hovle import HoVLE runs/released",
+    )
+    imported.add_argument("hf_dir", metavar="HF_DIR")
+    imported.add_argument(
+        "out_dir", metavar="OUT_DIR", help="an InternVL gives OUT_DIR/{llm,teacher}"
+    )
+
+    export = add(
+        "export",
+        _export,
+        "Model -> complete Hugging Face directory that needs only torch and transformers.",
+        "hovle export runs/stage3 exported --dtype bfloat16 --verify",
+    )
+    export.add_argument("model_dir", metavar="MODEL_DIR")
+    export.add_argument("out_dir", metavar="OUT_DIR")
+    export.add_argument(
+        "--flavour",
+        choices=("reference", "fused"),
+        default="reference",
+        help="reference: the released tensor names; fused: both stacks as one Llama",
+    )
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="default: as stored"
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    export.add_argument(
+        "--assets", default="", metavar="HF_DIR", help="tokenizer files to copy byte for byte"
+    )
+    export.add_argument("--license", default="other", help="of the weights, for the model card")
+    export.add_argument(
+        "--verify", action="store_true", help="compare scores, in PyTorch too if it is installed"
+    )
+
+    verify = add(
+        "verify",
+        _verify,
+        "Compare a model with recorded outputs of another implementation; status 1 on a miss.",
+        "hovle verify HoVLE cases/*.npz --json report.json",
+    )
+    verify.add_argument("model_dir", metavar="MODEL_DIR")
+    verify.add_argument("cases", nargs="*", metavar="CASE.npz")
+    verify.add_argument("--json", default="", metavar="FILE")
+    verify.add_argument(
+        "--all", action="store_true", help="every gradient, not the worst of a kind"
+    )
+    verify.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="default: the weights' own"
+    )
+    verify.add_argument("--live", default="", metavar="HF_DIR", help="run HF_DIR in PyTorch")
+
     chat = add(
         "chat",
         _chat,
@@ -158,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = _parser().parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What libraries log as errors they also raise; it would bury the one line that helps.
+    logging.getLogger("absl").setLevel(logging.ERROR if args.debug else logging.CRITICAL)
     try:
         return int(args.run(args, rest))
     except UserError as error:

@@ -71,10 +71,12 @@ class ModelConfig:
     shuffle: int = 2
     shuffle_loc: str = "pre"
     projector: bool = True  # two-layer MLP after the shuffle; without it `shuffle` must be 1
+    table_rows: int = 0  # of the text table; 0 = vocab_size. Ids past it read the table below
     special_tokens: int = 0  # rows of the separate special-token table (0 = no such table)
     initializer_range: float = 0.02  # of everything outside the stacks
     normalize_embeddings: bool = False  # divide the LLM's input by its L2 norm per token
-    tie_head: bool = False  # the LLM head is the transposed text table
+    llm_family: str = "internlm2"  # internlm2 | llama | qwen2: tensor names in Hugging Face files
+    tie_head: bool = False  # such files keep the head as the LLM's own input table
     bos_id: int = 1
     eos_id: int = 2
     pad_id: int = 2
@@ -91,6 +93,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.llm_family", self.llm_family, ("internlm2", "llama", "qwen2"))
         for name, stack in (("embedding", self.embedding), ("decoder", self.decoder)):
             _one_of(f"model.{name}.rope_scaling", stack.rope_scaling, ("none", "linear", "dynamic"))
             if stack.num_heads % stack.num_kv_heads:
@@ -110,6 +113,10 @@ class ModelConfig:
         return self.decoder.hidden_size
 
     @property
+    def text_rows(self) -> int:
+        return self.table_rows or self.vocab_size
+
+    @property
     def grid(self) -> int:
         """Patches along one side of a tile."""
         return self.image_size // self.patch_size
@@ -124,8 +131,8 @@ class ModelConfig:
         d = self.hidden_size
         vision = 3 * self.patch_size**2 * d + d + (self.grid**2 + 1) * d
         projector = (self.shuffle**2 * d * d + d + d * d + d) if self.projector else 0
-        tables = (self.vocab_size + self.special_tokens) * d
-        head = 0 if self.tie_head else self.vocab_size * d
+        tables = (self.text_rows + self.special_tokens) * d
+        head = self.vocab_size * d
         stacks = sum(s.num_layers * s.params_per_layer() for s in (self.embedding, self.decoder))
         return vision + projector + tables + stacks + d + head
 
@@ -257,12 +264,13 @@ class MeshConfig:
 class InitConfig:
     """Where parameters come from before the first step (a resumed run never looks here).
 
-    Later sources win: random values (stage I's embedding
-    module, anything with `scratch`), then `llm`, then `previous`.
+    Directories may be native or Hugging Face ones. Later sources win: random values (stage I's
+    embedding module, anything with `scratch`), then `llm`, then `previous`.
     """
 
-    llm: str = ""  # native model directory: decoder/* and the text table
-    teacher: str = ""  # native teacher directory (stage I)
+    llm: str = ""  # directory of an LLM, HoVLE or InternVL: decoder/* and the text table
+    grow_vocab: bool = False  # tokens `llm` lacks start as the mean of its rows, plus noise
+    teacher: str = ""  # directory of a teacher or InternVL (stage I)
     previous: str = ""  # work directory of the stage before
     scratch: bool = False  # what no source gives starts random, and stage order is not checked
 

@@ -31,14 +31,13 @@ class Decoder(nn.Module):
             cached=self.cached,
         )
         self.norm = RMSNorm(c.decoder.rms_norm_eps)
-        if not c.tie_head:
-            self.head = Linear((c.vocab_size,), ("embed", "vocab"), c.initializer_range)
+        self.head = Linear((c.vocab_size,), ("embed", "vocab"), c.initializer_range)
 
     def __call__(
         self, x: jax.Array, inputs: LayerInputs, cache: Cache | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """LLM input [B, S, E] -> (hidden states after the final norm [B, S, E], extras)."""
         x, extras = self.layers(x, inputs, cache)
-        if self.is_initializing() and not self.config.tie_head:
+        if self.is_initializing():
             self.head(x)  # the head is applied by losses and decoding, from its kernel
         return self.norm(x), extras

@@ -123,21 +123,25 @@ class Projector(nn.Module):
 
 
 class TextTable(nn.Module):
-    """Token vectors; ids past the vocabulary read the special-token table, if there is one."""
+    """Token vectors; ids past the table read the special-token table or, without one, row 0.
+
+    (Row 0 is what the reference reads there; `data.samples.check_tokenizer` refuses such ids.)
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         c = self.config
+        rows, width = c.text_rows, c.hidden_size
         init = named(nn.initializers.normal(c.initializer_range), "vocab", "embed")
-        table = self.param("table", init, (c.vocab_size, c.hidden_size), jnp.float32)
-        if not c.special_tokens:
-            return jnp.take(table, ids, axis=0).astype(c.dtype)
-        special = self.param("special_table", init, (c.special_tokens, c.hidden_size), jnp.float32)
-        x = jnp.take(table, jnp.minimum(ids, c.vocab_size - 1), axis=0)
-        extra = jnp.take(special, jnp.maximum(ids - c.vocab_size, 0), axis=0)
-        return jnp.where((ids >= c.vocab_size)[..., None], extra, x).astype(c.dtype)
+        table = self.param("table", init, (rows, width), jnp.float32)
+        x = jnp.take(table, jnp.where(ids < rows, ids, 0), axis=0)
+        if c.special_tokens:
+            special = self.param("special_table", init, (c.special_tokens, width), jnp.float32)
+            extra = jnp.take(special, jnp.clip(ids - rows, 0, c.special_tokens - 1), axis=0)
+            x = jnp.where((ids >= rows)[..., None], extra, x)
+        return x.astype(c.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -238,7 +242,7 @@ class HolisticEmbedding(nn.Module):
             image = self.vision(pixels)  # [B, N, P, E]
             extras["vision_embeddings"] = image
             if c.shuffle_loc == "pre":
-                image = self.projector(image)
+                extras["projected"] = image = self.projector(image)  # [B, N, T, E]
             is_image, rank = image_order(stream.ids, c)
             image = image.reshape(image.shape[0], -1, image.shape[-1])
             x = jnp.where(is_image[..., None], take(image, rank), x)
@@ -247,24 +251,30 @@ class HolisticEmbedding(nn.Module):
         x, layer_extras = self.layers(x, inputs, cache)
         extras |= layer_extras
         if c.shuffle_loc == "post":
-            x = self._to_short(x, short, stream, pixels)
+            x, projected = self._to_short(x, short, stream, pixels)
+            if projected is not None:
+                extras["projected"] = projected
         if c.normalize_embeddings:
             x = x / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True).astype(x.dtype)
         return x, extras
 
     def _to_short(
         self, x: jax.Array, short: Stream, stream: Stream, pixels: jax.Array | None
-    ) -> jax.Array:
-        """Long outputs [B, Z, E] -> [B, S, E]: text copied, image positions shuffled, projected."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Long outputs [B, Z, E] -> [B, S, E]: text copied, image positions shuffled, projected.
+
+        Also returns the projected tiles, [B, N, T, E].
+        """
         c = self.config
         text = take(x, stream.places)
         if pixels is None:
-            return text
+            return text, None
         tiles, patches = pixels.shape[1], (pixels.shape[-2] // c.patch_size) ** 2
         counts = jnp.cumsum(stream.ids == c.img_context_id, axis=1)
         ranks = jnp.arange(tiles * patches)
         places = jax.vmap(lambda row: jnp.searchsorted(row, ranks + 1))(counts)
         image = take(x, places).reshape(x.shape[0], tiles, patches, -1)
-        image = self.projector(image).reshape(x.shape[0], -1, x.shape[-1])
+        projected = self.projector(image)
+        image = projected.reshape(x.shape[0], -1, x.shape[-1])
         is_image, rank = image_order(short.ids, c)
-        return jnp.where(is_image[..., None], take(image, rank), text)
+        return jnp.where(is_image[..., None], take(image, rank), text), projected

@@ -56,13 +56,14 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers, without the stop token that ended them.
 
-    prompts: int32 [n_i] each. tiles: uint8 [t_i, H, W, 3] each, in order of appearance. stop_ids:
-    default `<|im_end|>` and the end of text. Rows do not influence each other.
+    prompts: int32 [n_i] each. tiles: uint8 [t_i, H, W, 3] each, in order of appearance (float32
+    ones count as normalised). stop_ids: default `<|im_end|>` and the end of text. Rows do not
+    influence each other.
     """
     stop = list(stop_ids if stop_ids is not None else (config.im_end_id, config.eos_id))
     for i, (prompt, pixels) in enumerate(zip(prompts, tiles, strict=True)):
-        if pixels.dtype != np.uint8:
-            raise UserError(f"prompt {i}: tiles must be uint8, not {pixels.dtype}")
+        if pixels.dtype != tiles[0].dtype or pixels.dtype not in (np.uint8, np.float32):
+            raise UserError(f"prompt {i}: tiles must be uint8 or all float32, not {pixels.dtype}")
         places = int(np.sum(prompt == config.img_context_id))
         if places != len(pixels) * config.tokens_per_tile:
             raise UserError(
@@ -76,7 +77,7 @@ def generate(
     ids = np.full((len(prompts), length), config.pad_id, np.int32)
     batch: dict[str, Any] = {"input_ids": ids, "segment_ids": np.zeros_like(ids)}
     if count:
-        batch["pixels"] = np.zeros((len(prompts), count, size, size, 3), np.uint8)
+        batch["pixels"] = np.zeros((len(prompts), count, size, size, 3), tiles[0].dtype)
     for i, (prompt, pixels) in enumerate(zip(prompts, tiles, strict=True)):
         ids[i, : len(prompt)] = prompt
         batch["segment_ids"][i, : len(prompt)] = 1

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hovle_jax import model, teacher
-from hovle_jax.checkpoint import open_stored, read_config, read_params
-from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig
+from hovle_jax.checkpoint import Stored, open_stored, read_config
+from hovle_jax.config import RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.stages import Stage
 from hovle_jax.train_step import param_shardings, teacher_shardings
@@ -58,13 +59,9 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     wanted = placed(config, {part: shapes[part] for part in stage.parts}, mesh)
     found: dict[str, Any] = {}
     if source.llm:
-        stored = open_stored(source.llm)
-        if not isinstance(stored.config, ModelConfig):
-            raise UserError(f"config.init.llm: {source.llm} is not a model directory")
-        llm = {k: v for k, v in wanted.items() if k.startswith(("decoder/", "embedding/text/"))}
-        found |= read_params(stored, llm)
+        found |= _language_model(config, wanted)
     if source.previous:
-        found |= read_params(open_stored(source.previous), wanted)
+        found |= open_stored(source.previous).read(wanted)
     missing = {k: v for k, v in wanted.items() if k not in found}
     # The embedding module is what HoVLE adds: a stage without a predecessor makes it up.
     fresh = {k for k in missing if not stage.after and not k.startswith("embedding/text/")}
@@ -77,6 +74,69 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     if missing:
         found |= _random(config, missing)
     return unflatten(found)
+
+
+# Growing axis of what has a row per token.
+_VOCAB_AXES = {"embedding/text/table": 0, "decoder/head/kernel": 1}
+
+
+def _language_model(config: RunConfig, wanted: dict[str, Any]) -> dict[str, Any]:
+    stored = open_stored(config.init.llm)
+    _check_agreement(stored, stored.model.decoder, config.model.decoder, "model.decoder")
+    shapes = flatten(model.abstract_params(stored.model))
+    llm = {k: v for k, v in wanted.items() if k.startswith(("decoder/", "embedding/text/"))}
+    short = {
+        k: axis
+        for k, axis in _VOCAB_AXES.items()
+        if k in llm and k in stored.paths and shapes[k].shape[axis] < llm[k].shape[axis]
+    }
+    for name, axis in short.items():
+        old, new = shapes[name].shape[axis], llm[name].shape[axis]
+        if not config.init.grow_vocab:
+            raise UserError(
+                f"config.init.llm: {config.init.llm} has {old} tokens, config.model {new}; set "
+                f"config.init.grow_vocab=True to add {new - old}"
+            )
+    at_stored_shape = {
+        k: jax.ShapeDtypeStruct(shapes[k].shape, v.dtype, sharding=_replicated(v.sharding))
+        if k in short
+        else v
+        for k, v in llm.items()
+    }
+    found = stored.read(at_stored_shape)
+    for seed, (name, axis) in enumerate(short.items()):
+        rng = jax.random.fold_in(jax.random.key(config.seed), seed)
+        found[name] = _grow(found[name], llm[name], axis, rng)
+    return found
+
+
+def _replicated(sharding: Any) -> jax.sharding.Sharding:
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def _grow(x: jax.Array, want: Any, axis: int, rng: jax.Array) -> jax.Array:
+    """Appends rows: the mean of the old ones with a tenth of their spread as noise.
+
+    Rows far from all others would win or lose every softmax before they have learned anything.
+    """
+
+    def grow(x: jax.Array) -> jax.Array:
+        mean, std = x.mean(axis, keepdims=True), x.std(axis, keepdims=True)
+        shape = list(x.shape)
+        shape[axis] = want.shape[axis] - x.shape[axis]
+        return jnp.concatenate([x, mean + 0.1 * std * jax.random.normal(rng, shape)], axis)
+
+    return jax.jit(grow, out_shardings=want.sharding)(x)
+
+
+def _check_agreement(stored: Stored, theirs: Any, ours: Any, where: str) -> None:
+    """Shapes show most differences between configs; these would only show as bad results."""
+    for name in ("rope_theta", "rms_norm_eps", "norm_eps", "shuffle_version"):
+        if hasattr(ours, name) and getattr(ours, name) != getattr(theirs, name):
+            raise UserError(
+                f"config.{where}.{name} is {getattr(ours, name)!r}, but {stored.directory} has "
+                f"{getattr(theirs, name)!r}"
+            )
 
 
 def _random(config: RunConfig, missing: dict[str, Any]) -> dict[str, Any]:
@@ -93,12 +153,13 @@ def _random(config: RunConfig, missing: dict[str, Any]) -> dict[str, Any]:
 def teacher_params(config: RunConfig, mesh: jax.sharding.Mesh) -> Params:
     if not config.init.teacher:
         raise UserError("config.init.teacher: stage 'distill' needs a teacher directory")
-    stored = open_stored(config.init.teacher)
+    stored = open_stored(config.init.teacher, "teacher")
     if not isinstance(stored.config, TeacherConfig):
         raise UserError(f"config.init.teacher: {config.init.teacher} holds no vision teacher")
+    _check_agreement(stored, stored.config, config.teacher, "teacher")
     where = flatten(teacher_shardings(config, mesh))
     shapes = flatten(teacher.abstract_params(config.teacher))
-    found = read_params(stored, {k: with_sharding(x, where[k]) for k, x in shapes.items()})
+    found = stored.read({k: with_sharding(x, where[k]) for k, x in shapes.items()})
     missing = sorted(set(shapes) - set(found))
     if missing:
         raise UserError(f"config.init.teacher: {config.init.teacher} has no {missing[0]}")

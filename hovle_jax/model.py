@@ -30,7 +30,14 @@ import jax.numpy as jnp
 from hovle_jax.attention import causal_mask
 from hovle_jax.config import LayersConfig, ModelConfig
 from hovle_jax.decoder import Decoder
-from hovle_jax.embedding import HolisticEmbedding, Stream, long_stream, short_stream
+from hovle_jax.embedding import (
+    HolisticEmbedding,
+    Stream,
+    image_order,
+    long_stream,
+    short_stream,
+    take,
+)
 from hovle_jax.layers import LayerInputs, axis_names, rope_tables
 
 Params = dict[str, Any]
@@ -74,10 +81,19 @@ class HoVLE(nn.Module):
         extras |= {"lengths": _lengths(short), "capacity": cache_len}
         return hidden, {"embeddings": x, "embedding": embed_extras, "decoder": extras}
 
-    def language(self, batch: Batch) -> jax.Array:
-        """The LLM by itself, reading its own text table: hidden states [B, S, E]."""
+    def text(self, ids: jax.Array) -> jax.Array:
+        return self.embedding.text(ids)
+
+    def language(self, batch: Batch, features: jax.Array | None = None) -> jax.Array:
+        """The LLM by itself, reading its own text table: hidden states [B, S, E].
+
+        `features` [B, N, E] stand at image tokens, in order.
+        """
         short = _short(batch)
         x = self.embedding.text(short.ids)
+        if features is not None:
+            is_image, rank = image_order(short.ids, self.config)
+            x = jnp.where(is_image[..., None], take(features.astype(x.dtype), rank), x)
         return self.decoder(x, _layer_inputs(short, self.config.decoder))[0]
 
     def extend(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -186,21 +202,30 @@ def hidden(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     return _run(HoVLE(config), params, batch)[0]
 
 
-def language_hidden(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    """As `hidden`, without the holistic embedding: the LLM as it was before HoVLE."""
-    return _run(HoVLE(config), params, batch, method="language")
+def language_hidden(
+    params: Params, batch: Batch, config: ModelConfig, features: jax.Array | None = None
+) -> jax.Array:
+    """As `hidden`, without the holistic embedding: the LLM as it was before HoVLE.
+
+    With a teacher's `features` [B, N, E] in place of image tokens it is the teacher's own model.
+    """
+    return _run(HoVLE(config), params, batch, features, method="language")
 
 
-def head_kernel(params: Params, config: ModelConfig) -> jax.Array:
-    """[E, V]: the LLM head, or the transposed text table when they are tied."""
-    if config.tie_head:
-        return params["embedding"]["text"]["table"].T
+def text_vectors(params: Params, ids: jax.Array, config: ModelConfig) -> jax.Array:
+    """What the text table holds for ids [...], before any layer: float32 [..., E]."""
+    exact = dataclasses.replace(config, dtype="float32")
+    return _run(HoVLE(exact), params, ids, method="text")
+
+
+def head_kernel(params: Params) -> jax.Array:
+    """[E, V]: the LLM head."""
     return params["decoder"]["head"]["kernel"]
 
 
-def logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
+def logits(params: Params, x: jax.Array) -> jax.Array:
     """Hidden [..., E] -> float32 scores [..., V]."""
-    return (x @ head_kernel(params, config).astype(x.dtype)).astype(jnp.float32)
+    return (x @ head_kernel(params).astype(x.dtype)).astype(jnp.float32)
 
 
 def apply(
@@ -212,7 +237,7 @@ def apply(
     output as [L, B, S, E] under "hidden").
     """
     x, extras = _run(HoVLE(config, keep_hidden=keep_hidden), params, batch)
-    out = {"logits": logits(params, x, config), "hidden": x, "embeddings": extras["embeddings"]}
+    out = {"logits": logits(params, x), "hidden": x, "embeddings": extras["embeddings"]}
     return out | {k: extras[k] for k in ("embedding", "decoder")} if keep_hidden else out
 
 
@@ -233,7 +258,7 @@ def prefill(
         cache[stack] = {k: jnp.pad(v, pad) for k, v in extra["cache"].items()}
         cache["lengths"][stack] = extra["lengths"]
     last = jnp.take_along_axis(x, cache["lengths"]["decoder"][:, None, None] - 1, axis=1)[:, 0]
-    return logits(params, last, config), cache
+    return logits(params, last), cache
 
 
 def decode_step(
@@ -242,4 +267,4 @@ def decode_step(
     """One text token per row, int32 [B] -> (scores of the next, float32 [B, V]; cache)."""
     model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True, cached=True)
     x, cache = _run(model, params, tokens[:, None], cache, method="extend")
-    return logits(params, x[:, 0], config), cache
+    return logits(params, x[:, 0]), cache

@@ -58,8 +58,7 @@ def distill_distances(
     """1 - cos between the embedding module's output and its target, float32 [B, S]."""
     c, ids = config.model, batch["input_ids"]
     output = model.embed(params, batch, c)
-    table = params["embedding"]["text"]["table"]
-    target = jnp.take(jax.lax.stop_gradient(table), ids, axis=0).astype(jnp.float32)
+    target = jax.lax.stop_gradient(model.text_vectors(params, ids, c))
     features = teacher.apply(teacher_params, batch["pixels"], config.teacher)["features"]
     features = jax.lax.stop_gradient(features).astype(jnp.float32)
     is_image, rank = image_order(ids, c)
@@ -90,7 +89,7 @@ def _next_token(params: Params, _: Params, batch: Batch, config: RunConfig) -> d
     c = config.model
     targets, weights = _shifted(batch)
     hidden = model.hidden(params, batch, c)
-    nll = losses.token_nll(hidden, model.head_kernel(params, c), targets, c.loss_chunk)
+    nll = losses.token_nll(hidden, model.head_kernel(params), targets, c.loss_chunk)
     return {"next_token": (jnp.sum(nll * weights), jnp.sum(weights))}
 
 

@@ -146,10 +146,10 @@ def _boxed_init(rng: jax.Array, config: TeacherConfig) -> dict[str, Any]:
 def apply(params: dict[str, Any], pixels: jax.Array, config: TeacherConfig) -> dict[str, jax.Array]:
     """pixels [..., H, W, 3] uint8 -> {"hidden" [..., 1 + P, C], "features" [..., T, E]}.
 
-    Only the layers up to `select_layer` run (-1: all of them, -2: all but the last, ...).
+    Only the layers up to `select_layer` run (-1: all of them, -2: all but the last, 1: the first).
     """
     lead = pixels.shape[:-3]
-    used = config.num_layers + 1 + config.select_layer
+    used = config.select_layer + (config.num_layers + 1 if config.select_layer < 0 else 0)
     params = params | {"layers": jax.tree.map(lambda x: x[:used], params["layers"])}
     config = dataclasses.replace(config, num_layers=used)
     flat = pixels.reshape(-1, *pixels.shape[-3:])

@@ -21,7 +21,6 @@ from hovle_jax.checkpoint import (
     Checkpoints,
     open_stored,
     read_config,
-    read_params,
     write_config,
     write_tree,
 )
@@ -156,7 +155,7 @@ def _start(
     if step is not None:
         shapes = jax.tree.map(with_sharding, state_shapes(config), shardings)
         state, cursor = checkpoints.restore(step, shapes)
-        frozen = read_params(open_stored(workdir), placed(config, frozen_shapes, mesh))
+        frozen = open_stored(workdir).read(placed(config, frozen_shapes, mesh))
         return state, unflatten(frozen), cursor
     params = initial_params(config, stage, mesh)
     trainable, frozen = split(params, trainable_regex(config))

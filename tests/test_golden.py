@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import embedding, model, stages, teacher
+from hovle_jax import checkpoint, embedding, model, stages, teacher
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.generate import generate
-from hovle_jax.hf import names, reader
+from hovle_jax.hf import names
 from hovle_jax.tree import flatten
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -49,9 +49,8 @@ def golden_of(variant: str, case: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def model_of(variant: str) -> tuple[ModelConfig, dict]:
-    config, params = reader.read_hovle(GOLDEN / "hovle" / variant)
-    config = dataclasses.replace(config, dtype="float32", remat="none")
-    return config, jax.tree.map(jnp.asarray, params)
+    stored, params = checkpoint.load(GOLDEN / "hovle" / variant)
+    return dataclasses.replace(stored.model, dtype="float32", remat="none"), params
 
 
 def tiles_per_row(ids: np.ndarray) -> list[int]:
@@ -203,11 +202,8 @@ def hf_gradients(variant: str, weighted: bool) -> dict[str, np.ndarray]:
         if not row.native:
             continue
         arrays = tuple(flat.pop(path) for path in row.native)
-        if row.layers:
-            for i in range(row.layers):
-                out[row.hf.format(i=i)] = row.to_hf(tuple(a[i] for a in arrays))
-        else:
-            out[row.hf] = row.to_hf(arrays)
+        for i, name in enumerate(row.tensors):
+            out[name] = row.to_hf(tuple(a[i] for a in arrays) if row.layers else arrays)
     assert not flat  # every native gradient has a name
     return out
 
@@ -268,8 +264,8 @@ def test_position_interpolation():
 
 @functools.cache
 def teacher_model() -> tuple:
-    config, params = reader.read_teacher(GOLDEN / "teacher")
-    return dataclasses.replace(config, dtype="float32"), jax.tree.map(jnp.asarray, params)
+    stored, params = checkpoint.load(GOLDEN / "teacher", "teacher")
+    return dataclasses.replace(stored.config, dtype="float32"), params
 
 
 @functools.cache

@@ -140,7 +140,7 @@ def token_losses(hidden, head, batch, chunk):
 def test_packed_row_equals_its_samples(loc):
     batch = pack([[A, B], [B, A], [A], [B]], unused=77)
     hidden = apply_of(CONFIGS[loc])(params_of(loc), batch)["hidden"]
-    head = model.head_kernel(params_of(loc), CONFIGS[loc])
+    head = model.head_kernel(params_of(loc))
     nll, weights = map(np.asarray, token_losses(hidden, head, batch, chunk=16))
     alone_a, alone_b = nll[2, :SIZE_A], nll[3, :SIZE_B]
     assert np.ptp(alone_a) > 1 and np.ptp(alone_b) > 1

@@ -46,10 +46,15 @@ def get_template(name: str) -> Template:
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
     """A tokenizer whose ids are not the model's would train on nonsense without a sound."""
-    if tokenizer.vocab_size > model.vocab_size + model.special_tokens:
+    if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"config.model.vocab_size {model.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size} ids"
+        )
+    if tokenizer.vocab_size > model.text_rows + model.special_tokens:
+        raise UserError(
+            f"config.model.table_rows {model.text_rows} + special_tokens {model.special_tokens} "
+            f"are fewer than the tokenizer's {tokenizer.vocab_size} ids"
         )
     for token, key in (
         (IMG_START, "img_start_id"),

@@ -25,6 +25,8 @@ from hovle_jax.data.tokenizer import Tokenizer, train_tokenizer
 from hovle_jax.demo import digits, report, settings, standins
 from hovle_jax.demo.score import cosine_map, score_questions
 from hovle_jax.errors import UserError
+from hovle_jax.hf.export import export
+from hovle_jax.hf.writer import ExportOptions
 from hovle_jax.metrics import read_metrics
 from hovle_jax.train import train
 from hovle_jax.tree import merge
@@ -82,10 +84,12 @@ def run_demo(out: str | Path, *, seed: int = 0, ablations: bool = False) -> dict
         "total_minutes": (time.monotonic() - begin) / 60,
     }
     report.write_report(str(out), body, curves=curves, examples=examples, cosine_map=cosines)
+    export(out / "full" / "instruct", out / "hf", ExportOptions(), verify=True)
     print(report.print_table(results))
     print(f"\n{minutes:.1f} minutes for stand-ins, training and evaluation of 'full'")
     print(f"Look at it:  {out}/report.md")
     print(f"Talk to it:  hovle chat {out}/full/instruct --image {examples[0]['image']}")
+    print(f"In transformers, with torch and nothing of ours:  {out}/hf (see its README.md)")
     return body
 
 
@@ -170,7 +174,8 @@ def _cosine_maps(setup: Setup, distilled: Path) -> dict[str, Any]:
     """Student against teacher on test canvases, before and after stage I."""
     names, _ = setup.paths.labels("test")
     images = [f"{setup.paths.images}/{name}" for name in names[:6]]
-    config, after = load(distilled)
+    stored, after = load(distilled)
+    config = stored.config
     assert isinstance(config, RunConfig)
     _, teacher = load(config.init.teacher)
     fresh = hovle_model.init(jax.random.key(setup.seed), setup.model)["embedding"]

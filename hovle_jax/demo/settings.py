@@ -72,7 +72,7 @@ def teacher_config() -> TeacherConfig:
     )
 
 
-STEPS = {"distill": 700, "align": 120, "instruct": 650}
+STEPS = {"distill": 1000, "align": 120, "instruct": 850}
 LEARNING_RATES = {"distill": 3e-3, "align": 3e-3, "instruct": 1e-3}
 
 

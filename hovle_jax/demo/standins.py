@@ -145,7 +145,7 @@ def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Para
         names = ("labels", "loss_weight", "segment_ids")
         targets, weights = losses.next_token_weights(*(batch[n] for n in names))
         hidden = model.language_hidden(params, batch, config)
-        head = model.head_kernel(params, config)
+        head = model.head_kernel(params)
         nll = losses.token_nll(hidden, head, targets, config.loss_chunk)
         return jnp.sum(nll * weights) / jnp.sum(weights)
 
@@ -159,5 +159,5 @@ def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Para
     test, places = rows(600, digits.QUESTION_TYPES)
     hidden = jax.jit(lambda p, b: model.language_hidden(p, b, config))(params, test)
     every = np.arange(len(places))
-    guess = model.logits(params, hidden[every, places - 1], config).argmax(-1)
+    guess = model.logits(params, hidden[every, places - 1]).argmax(-1)
     return params, float((np.asarray(guess) == test["input_ids"][every, places]).mean())

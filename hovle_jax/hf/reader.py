@@ -1,154 +1,223 @@
-"""Hugging Face directory -> native config and parameters, tensor by tensor, without torch."""
+"""A Hugging Face directory as native configs and parameters, read one tensor at a time, no torch.
+
+What is understood, by config.json:
+
+    embedding_config            HoVLE, HoVLE-HD (released layout)          one part: model
+    embedding_layers            HoVLE exported as one Llama ('fused')      one part: model
+    vision_config               InternVL (custom or transformers' names)   two parts: model, teacher
+    internlm2, llama, qwen2     an LLM                                     one part: model
+
+The model part of InternVL and of an LLM holds `decoder/*` and the text table only.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
-from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
+from hovle_jax.config import DataConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hf import names
-from hovle_jax.tree import unflatten
+from hovle_jax.hf.configs import (
+    data_config,
+    fused_config,
+    hovle_config,
+    internvl_llm,
+    llm_config,
+    teacher_config,
+)
+from hovle_jax.hf.shards import Tensor, open_shards, read_tensor
+
+CONFIG = "config.json"
+# Buffers that old transformers saved; they are computed, not learned.
+_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
-def read_hovle(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """A HoVLE or HoVLE-HD directory -> (config, params in the files' dtype)."""
-    raw = read_config(directory)
-    config = hovle_config(raw, name=Path(directory).name)
-    return config, read_rows(directory, names.hovle(config))
+@dataclass(frozen=True)
+class Part:
+    """A model or a teacher, and the rows of the name table that hold it."""
+
+    config: ModelConfig | TeacherConfig
+    rows: tuple[names.Row, ...]
+
+    @property
+    def row_of(self) -> dict[str, names.Row]:
+        """Native path -> the row that holds it."""
+        return {path: row for row in self.rows for path in row.native}
 
 
-def read_teacher(directory: str | Path) -> tuple[TeacherConfig, dict[str, Any]]:
-    """The vision tower and mlp1 of an InternVL directory -> (config, params)."""
-    raw = read_config(directory)
-    config = teacher_config(raw)
-    return config, read_rows(directory, names.teacher(config))
+@dataclass(frozen=True)
+class HubDirectory:
+    """An opened Hugging Face directory; nothing but headers has been read."""
 
+    path: Path
+    raw: dict[str, Any]
+    data: DataConfig | None  # chat template and tile limits, of models that have them
+    parts: dict[str, Part]  # by "model" and "teacher"
+    tensors: dict[str, Tensor]
 
-def hovle_config(raw: dict[str, Any], name: str = "hovle") -> ModelConfig:
-    """config.json of a released checkpoint -> ModelConfig; keys it lacks take class defaults."""
-    e, llm = raw["embedding_config"], raw["llm_config"]
-    vocab = e["llm_vocab_size"]
-    added = vocab - 11  # the eleven added tokens close the table, in the released order
-    use_projector = e.get("use_pixel_shuffle_proj", True)
-    return ModelConfig(
-        name=name,
-        vocab_size=vocab,
-        embedding=_layers(e, bias=e.get("attention_bias", False)),
-        decoder=_layers(llm, bias=llm.get("bias", False)),
-        image_size=e["image_size"],
-        patch_size=e["patch_size"],
-        shuffle=round(1 / e.get("downsample_ratio", 0.5)) if use_projector else 1,
-        shuffle_loc=e.get("pixel_shuffle_loc", "pre"),
-        projector=use_projector,
-        special_tokens=len(e.get("special_token_maps") or {}),
-        normalize_embeddings=raw.get("normalize_encoder_output", False),
-        tie_head=llm.get("tie_word_embeddings", False),
-        bos_id=llm.get("bos_token_id", 1),
-        eos_id=llm.get("eos_token_id", 2),
-        pad_id=llm.get("pad_token_id", 2),
-        im_end_id=added,
-        img_start_id=e["img_context_token_id"] - 2,
-        img_end_id=e["img_context_token_id"] - 1,
-        img_context_id=e["img_context_token_id"],
-    )
+    def part(self, kind: str) -> Part:
+        if kind not in self.parts:
+            held = " and ".join(self.parts)
+            raise UserError(f"{self.path}: holds a {held}, no {kind}")
+        return self.parts[kind]
 
+    def read(self, row: names.Row) -> dict[str, np.ndarray]:
+        """Native arrays of one row in the file's dtype; layers are stacked as they are read.
 
-def data_config(raw: dict[str, Any]) -> DataConfig:
-    """Chat template and tile limits of a released checkpoint."""
-    return DataConfig(
-        template=raw.get("template", "internlm2-chat"),
-        min_tiles=raw.get("min_dynamic_patch", 1),
-        max_tiles=raw.get("max_dynamic_patch", 12),
-        thumbnail=raw.get("use_thumbnail", True),
-    )
+        Raises:
+          UserError: a tensor is missing, of another shape, or of a dtype that is not f32/bf16/f16.
+        """
+        self._check((row,))
+        if not row.layers:
+            arrays = row.to_native(read_tensor(self.tensors[row.hf]))
+            return dict(zip(row.native, map(np.ascontiguousarray, arrays), strict=True))
+        out: dict[str, np.ndarray] = {}
+        for i, name in enumerate(row.tensors):
+            arrays = row.to_native(read_tensor(self.tensors[name]))
+            for path, x in zip(row.native, arrays, strict=True):
+                if path not in out:
+                    out[path] = np.empty((row.layers, *x.shape), x.dtype)
+                out[path][i] = x
+        return out
+
+    def check(self) -> None:
+        """Refuses missing, misshaped and unexpected tensors, naming them.
+
+        Raises:
+          UserError: one line with all that is wrong.
+        """
+        rows = [row for part in self.parts.values() for row in part.rows]
+        known = {name for row in rows for name in row.tensors}
+        extra = [n for n in self.tensors if n not in known and not _COMPUTED.fullmatch(n)]
+        self._check(rows, extra)
+
+    def _check(self, rows: Any, extra: Any = ()) -> None:
+        missing, misshaped, dtypes = [], [], []
+        for row in rows:
+            found = set()
+            for name in row.tensors:
+                tensor = self.tensors.get(name)
+                if tensor is None:
+                    missing.append(f"{name} (expected {_shape(row.shape)})")
+                elif tensor.shape != row.shape:
+                    shapes = f"{_shape(tensor.shape)}, expected {_shape(row.shape)}"
+                    misshaped.append(f"{name} is {shapes}")
+                elif tensor.dtype is None:
+                    dtypes.append(f"{name} is {tensor.code}, expected F32, BF16 or F16")
+                else:
+                    found.add(tensor.code)
+            if len(found) > 1:
+                dtypes.append(f"{row.hf} is {' and '.join(sorted(found))}, expected one dtype")
+        problems = [
+            *_listed("missing", missing),
+            *_listed("of another shape", misshaped),
+            *_listed("of another dtype", dtypes),
+            *_listed("not expected", [f"{n} {_shape(self.tensors[n].shape)}" for n in extra]),
+        ]
+        if problems:
+            raise UserError(f"{self.path}: " + "; ".join(problems))
 
 
 def is_hugging_face(directory: str | Path) -> bool:
-    path = Path(directory) / "config.json"
-    return path.is_file() and "model_type" in json.loads(path.read_text())
-
-
-def teacher_config(raw: dict[str, Any]) -> TeacherConfig:
-    """config.json of an InternVL checkpoint -> TeacherConfig."""
-    v = raw["vision_config"]
-    return TeacherConfig(
-        num_layers=v["num_hidden_layers"],
-        hidden_size=v["hidden_size"],
-        num_heads=v["num_attention_heads"],
-        intermediate_size=v["intermediate_size"],
-        image_size=v["image_size"],
-        patch_size=v["patch_size"],
-        shuffle=round(1 / raw.get("downsample_ratio", 0.5)),
-        shuffle_version=raw.get("ps_version", "v1"),
-        norm="rms" if v.get("norm_type", "layer_norm") == "rms_norm" else "layer",
-        norm_eps=v.get("layer_norm_eps", 1e-6),
-        qkv_bias=v.get("qkv_bias", True),
-        qk_norm=v.get("qk_normalization", False),
-        select_layer=raw.get("select_layer", -1),
-        out_size=raw["llm_config"]["hidden_size"],
-    )
-
-
-def _layers(c: dict[str, Any], *, bias: bool) -> LayersConfig:
-    scaling = c.get("rope_scaling") or {"type": "none", "factor": 1.0}
-    return LayersConfig(
-        num_layers=c["num_hidden_layers"],
-        hidden_size=c["hidden_size"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"],
-        intermediate_size=c["intermediate_size"],
-        rms_norm_eps=c.get("rms_norm_eps", 1e-5),
-        rope_theta=float(c.get("rope_theta", 10000.0)),
-        rope_scaling=scaling["type"],
-        rope_factor=float(scaling["factor"]),
-        max_positions=c.get("max_position_embeddings", 4096),
-        qkv_bias=bias,
-        out_bias=bias,
+    """Whether a directory's config.json is not one of the project's own."""
+    return (Path(directory) / CONFIG).is_file() and not {"kind", "config"} <= set(
+        read_config(directory)
     )
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    path = Path(directory) / "config.json"
+    path = Path(directory) / CONFIG
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a Hugging Face model directory")
-    return json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected an object")
+    return raw
 
 
-def read_rows(directory: str | Path, rows: Sequence[names.Row]) -> dict[str, Any]:
-    """Reads what `rows` name from all shards; an error names a tensor that is missing or wrong."""
-    shards = sorted(Path(directory).glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"{directory}: no *.safetensors files")
-    where: dict[str, Any] = {}
-    handles = [safe_open(shard, framework="np") for shard in shards]
-    for handle in handles:
-        where |= dict.fromkeys(handle.keys(), handle)
+def open_directory(directory: str | Path) -> HubDirectory:
+    """Reads config.json and the headers of the weights.
 
-    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in where:
-            raise UserError(f"{directory}: tensor {name} is missing (expected shape {shape})")
-        x = where[name].get_tensor(name)
-        if x.shape != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {x.shape}, expected {shape}")
-        return x
+    Raises:
+      UserError: a config that is not understood, or weights that are not whole.
+    """
+    path = Path(directory)
+    raw = read_config(path)
+    if not is_hugging_face(path):
+        raise UserError(f"{path}: is a native directory already")
+    kind = raw.get("model_type")
+    if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and (
+        kind not in names.FAMILIES
+    ):
+        if kind in ("hovle", "internvl_chat", "internvl"):
+            raise UserError(
+                f"{path / CONFIG}: model_type {kind!r} with neither embedding_config (HoVLE) nor "
+                "vision_config (InternVL)"
+            )
+        raise UserError(
+            f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, "
+            + ", ".join(names.FAMILIES)
+        )
+    tensors = open_shards(path)
+    try:
+        parts = _parts(raw, path.resolve().name, tensors)
+    except KeyError as error:
+        raise UserError(f"{path / CONFIG}: has no key {error}") from None
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: {error}") from None
+    chats = "template" in raw
+    return HubDirectory(path, raw, data_config(raw) if chats else None, parts, tensors)
 
-    flat: dict[str, np.ndarray] = {}
-    for row in rows:
-        if not row.native:
-            continue
-        if row.layers:
-            layers = [
-                row.to_native(tensor(row.hf.format(i=i), row.shape)) for i in range(row.layers)
-            ]
-            arrays = tuple(np.stack(parts) for parts in zip(*layers, strict=True))
-        else:
-            arrays = row.to_native(tensor(row.hf, row.shape))
-        flat |= dict(zip(row.native, map(np.ascontiguousarray, arrays), strict=True))
-    return unflatten(flat)
+
+def _parts(raw: dict[str, Any], name: str, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    if "embedding_layers" in raw:
+        config = fused_config(raw, name)
+        return {"model": Part(config, tuple(names.fused(config)))}
+    if "embedding_config" in raw:
+        config = _untied(hovle_config(raw, name), "language_model.", tensors)
+        return {"model": Part(config, tuple(names.hovle(config)))}
+    if "vision_config" not in raw:
+        config = _untied(llm_config(raw, name), "", tensors)
+        return {"model": Part(config, tuple(names.language_model(config)))}
+    outer, body, head, tower = "", "language_model.model", "language_model.", names.TEACHER_NAMES
+    if raw.get("model_type") == "internvl":
+        # transformers has moved these prefixes more than once: the files say which they use.
+        tower = names.TEACHER_NAMES_TRANSFORMERS
+        if f"model.{tower['class']}" in tensors:
+            outer, body, head = "model.", "model.language_model", ""
+    vision = teacher_config(raw)
+    config = _untied(internvl_llm(raw, name), head, tensors)
+    return {
+        "teacher": Part(vision, tuple(names.teacher(vision, tower, outer))),
+        "model": Part(config, tuple(names.language_model(config, body, head))),
+    }
+
+
+def _untied(config: ModelConfig, head: str, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """Versions of transformers disagree on which config key ties a head; a head that is there
+    wins."""
+    own = f"{head}{names.FAMILIES[config.llm_family].head}.weight" in tensors
+    return dataclasses.replace(config, tie_head=config.tie_head and not own)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _listed(what: str, entries: list[str], most: int = 3) -> list[str]:
+    if not entries:
+        return []
+    more = f" and {len(entries) - most} more" if len(entries) > most else ""
+    plural = "tensor" if len(entries) == 1 else "tensors"
+    return [f"{len(entries)} {plural} {what}: " + ", ".join(entries[:most]) + more]

@@ -1,0 +1,81 @@
+"""Orbax parameter trees written and read piece by piece, for arrays too large to hold twice.
+
+An ordinary save holds each array and its encoded copy; a checkpoint of 10 GB would need several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+from hovle_jax.tree import unflatten
+
+CHUNK_BYTES = 64 * 2**20  # of storage, about: what a reader has to fetch at least
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """An array that comes in pieces along its first axis; calling `pieces` starts again."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    pieces: Callable[[], Iterator[np.ndarray]]  # each [n, *shape[1:]], in order
+    stacked: bool  # the first axis are layers, and each piece is one of them
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+class _Handler(type_handlers.NumpyHandler):
+    """Saves `Pieces` as ordinary arrays, one piece of one array at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def _open_and_write(self, value: Pieces, tspec: Any, ts_context: Any) -> None:  # type: ignore[override]
+        # Nothing is awaited on purpose: the handler starts all arrays at once, and each has to be
+        # finished before the next takes memory.
+        row = value.size // value.shape[0] * value.dtype.itemsize
+        # A chunk written in parts would be read back each time: one layer is one chunk.
+        step = 1 if value.stacked else max(1, min(value.shape[0], CHUNK_BYTES // row))
+        tspec["metadata"]["chunks"] = [step, *value.shape[1:]]
+        store = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
+        start = 0
+        for piece in value.pieces():
+            for i in range(0, len(piece), step):
+                part = np.ascontiguousarray(piece[i : i + step])
+                store[start : start + len(part)].write(part).result()
+                start += len(part)
+        assert start == value.shape[0], "pieces do not add up"
+
+
+def write_pieces(path: Path, arrays: dict[str, Pieces]) -> None:
+    """Writes the tree {parameter path: Pieces}; readable like any other saved tree."""
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False,  # trained weights are noise to a compressor
+        type_handler_registry=type_handlers.create_type_handler_registry((Pieces, _Handler())),
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(arrays)))
+
+
+def open_array(path: Path, name: str) -> ts.TensorStore:
+    """One array of a saved tree, to be read in slices: `open_array(...)[i].read().result()`."""
+    spec = {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": f"file://{path.absolute()}/",
+            "path": name.replace("/", ".") + "/",
+        },
+        "recheck_cached_data": False,
+    }
+    return ts.open(spec, open=True, read=True).result()
