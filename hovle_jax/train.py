@@ -84,7 +84,10 @@ def train(
         if checkpoints.latest() is None:
             check_order(config, stage)
         step_fn = jit_step(config, mesh)
-        pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=quiet)
+        index = Path(config.data.index or workdir / "index")
+        pipeline = Pipeline(
+            config, stage.data, stage.token_weights, tokenizer, index=index, quiet=quiet
+        )
         teach = teacher_params(config, mesh) if stage.teacher else {}
         state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
         tokenizer.save(workdir / "tokenizer")
@@ -130,7 +133,14 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     stored = read_config(workdir)
     if not isinstance(stored, RunConfig):
         raise UserError(f"{workdir}: is a model directory, not the work directory of a run")
-    free = {"data.rows", "data.workers", "model.remat", "model.attention", "model.loss_chunk"}
+    free = {
+        "data.rows",
+        "data.workers",
+        "data.index",
+        "model.remat",
+        "model.attention",
+        "model.loss_chunk",
+    }
     for name in ("stage", "model", "trainable", "seed", "data"):
         old, new = (flatten({name: to_dict(getattr(c, name))}, ".") for c in (stored, config))
         changed = sorted(k for k in new if old[k] != new[k] and k not in free)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
+import pickle
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hovle_jax.config import IGNORE
+from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.pack import Plan, assemble, best_fit
 from hovle_jax.data.pipeline import Pipeline, Stream
 from hovle_jax.data.samples import Sample
@@ -153,3 +158,105 @@ def test_stage_1_reads_a_text_file(world, tmp_path):
 def test_a_record_longer_than_a_row_is_an_error(world):
     with pytest.raises(UserError, match=r"record \d+ has \d+ tokens .* a row holds 20"):
         make(world, "instruct", data__tokens=20)
+
+
+class Counting:
+    """A sample source that counts how often it is measured."""
+
+    name, measured = "counted", 0
+
+    def __init__(self, version: str = "1"):
+        self.version = version
+
+    def __len__(self) -> int:
+        return 5
+
+    def fingerprint(self) -> tuple[str, ...]:
+        return (self.version,)
+
+    def measure(self, i: int) -> tuple[int, int]:
+        Counting.measured += 1
+        return 10 + i, i % 3
+
+    def sample(self, i: int, draw: int):
+        raise NotImplementedError
+
+
+def test_records_are_measured_once(tmp_path):
+    Counting.measured = 0
+    first = lengths_of(Counting(), 20, 2, tmp_path, quiet=True)
+    again = lengths_of(Counting(), 16, 2, tmp_path, quiet=True)  # other limits, same lengths
+    assert Counting.measured == 5
+    assert (
+        [first[i] for i in range(5)]
+        == [again[i] for i in range(5)]
+        == [
+            (10, 0),
+            (11, 1),
+            (12, 2),
+            (13, 0),
+            (14, 1),
+        ]
+    )
+    lengths_of(Counting("2"), 20, 2, tmp_path, quiet=True)
+    assert Counting.measured == 10
+    lengths_of(Counting(), 20, 2, None, quiet=True)
+    assert Counting.measured == 15
+    with pytest.raises(UserError, match="record 4 has 13 tokens and 0 tiles; a row holds 12"):
+        lengths_of(Counting(), 12, 2, tmp_path, quiet=True)
+    with pytest.raises(UserError, match="record 3 has 12 tokens and 2 tiles"):
+        lengths_of(Counting(), 20, 1, tmp_path, quiet=True)
+
+
+def test_what_lengths_depend_on_is_in_the_fingerprint(world):
+    """A stale index would pack rows from lengths that are not there."""
+    seen = {make(world, "instruct").sources[0].fingerprint()}
+    for change in ({"max_tiles": 1}, {"thumbnail": False}, {"system": "Be brief."}):
+        changed = make(world, "instruct", **{f"data__{k}": v for k, v in change.items()})
+        seen.add(changed.sources[0].fingerprint())
+    assert len(seen) == 4
+    assert make(world, "instruct", data__tokens=90).sources[0].fingerprint() in seen
+    rows = [make(world, "distill", data__text_ratio=r).sources[0].fingerprint() for r in (1.0, 0.5)]
+    assert rows[0] != rows[1]
+
+
+def test_an_exchanged_image_is_noticed(world, tmp_path):
+    """The picture has another number of tiles than when it was measured."""
+    shutil.copytree(world.root / "images", tmp_path / "images")
+    config = world.config("distill", data__images=(str(tmp_path / "images"),))
+    row, tokenizer = get_stage("distill"), Tokenizer.load(config.data.tokenizer)
+    args = (config, row.data, row.token_weights, tokenizer)
+    whole = take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 2)
+    again = take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 2)
+    assert all(same(a, b) for (a, _), (b, _) in zip(whole, again, strict=True))
+    for path in (tmp_path / "images").iterdir():
+        Image.new("RGB", (64, 32)).save(path)
+    with pytest.raises(UserError, match="image was exchanged; delete the index"):
+        take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 4)
+
+
+def test_half_a_billion_records_open_at_once(tmp_path):
+    """Open and pack in the middle: the file is 4 GB, what is read of it a few pages."""
+    path, records = tmp_path / "index.npy", 500_000_000
+    header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 2), np.int32))
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (records + 1, 2)})
+        start = file.tell()
+        window = np.array([[100 + i % 50, i % 4] for i in range(256)], np.int32)
+        for number in (0, 977_000):
+            file.seek(start + number * 256 * 8)
+            file.write(window.tobytes())
+        file.truncate(start + (records + 1) * 8)  # sparse: the disk holds two windows
+
+    def resident() -> int:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    lengths = Lengths(path)
+    assert len(lengths) == records and len(pickle.dumps(lengths)) < 1000
+    limits = {"window": 256, "tokens": 1000, "tiles": 12}
+    first = Plan(lengths.__getitem__, **limits, start=(0, 0))
+    later = Plan(lengths.__getitem__, **limits, start=(977_000, 0))
+    shift = 977_000 * 256
+    assert [[i - shift for i in later[r]] for r in range(20)] == [first[r] for r in range(20)]
+    assert resident() - before < 100e6

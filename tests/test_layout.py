@@ -25,6 +25,7 @@ ORDER = [
     "data.chat",
     "data.readers",
     "data.samples",
+    "data.index",
     "data.pack",
     "data.pipeline",
     "stages",

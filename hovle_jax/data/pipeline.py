@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -17,12 +18,12 @@ import numpy as np
 from absl import flags
 
 from hovle_jax.config import RunConfig
+from hovle_jax.data.index import lengths_of
 from hovle_jax.data.pack import Plan, assemble
 from hovle_jax.data.readers import ImageFolder, TextLines, open_meta
 from hovle_jax.data.samples import Conversations, SampleSource, UnpairedImages, check_tokenizer
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.metrics import Progress
 
 Cursor = dict[str, int]
 START: Cursor = {"window": 0, "row": 0}
@@ -49,22 +50,6 @@ def open_sources(
     entries = open_meta(data.meta)
     sources = [Conversations(e.source, tokenizer, model, data) for e in entries]
     return sources, [len(e.source) * e.repeat for e in entries]
-
-
-def measure(source: SampleSource, tokens: int, tiles: int, *, quiet: bool = False) -> np.ndarray:
-    """int32 [records, 2]: (tokens, tiles) of every record; a record no row can hold is an error."""
-    lengths = np.zeros((len(source), 2), np.int32)
-    progress = Progress(f"measuring {source.name}", len(source), every=100_000)
-    for i in range(len(source)):
-        lengths[i] = source.measure(i)
-        if lengths[i, 0] > tokens or lengths[i, 1] > tiles:
-            raise UserError(
-                f"{source.name}: record {i + 1} has {lengths[i, 0]} tokens and {lengths[i, 1]} "
-                f"tiles; a row holds {tokens} and {tiles} (config.data.tokens, config.data.tiles)"
-            )
-        if not quiet:
-            progress.update(i + 1)
-    return lengths
 
 
 class Stream:
@@ -96,6 +81,7 @@ class Rows:
     def __init__(self, config: RunConfig, pipeline: Pipeline, start: Cursor, weights: str):
         data = config.data
         self._sources, self._stream = pipeline.sources, pipeline.stream
+        self._lengths = pipeline.lengths
         self._plan = pipeline.plan(start)
         self._assemble = functools.partial(
             assemble,
@@ -110,7 +96,17 @@ class Rows:
         samples = []
         for draw in self._plan[int(row)]:
             source, record = self._stream[draw]
-            samples.append(self._sources[source].sample(record, draw))
+            sample = self._sources[source].sample(record, draw)
+            found = len(sample.ids), len(sample.tiles)
+            planned = self._lengths[source][record]
+            if found != planned:
+                name = self._sources[source].name
+                raise UserError(
+                    f"{name}: record {record + 1} has {found} tokens and tiles, but had {planned} "
+                    "when it was measured: an image was exchanged; delete the index "
+                    "(config.data.index, or WORKDIR/index)"
+                )
+            samples.append(sample)
         return self._assemble(samples)
 
 
@@ -124,18 +120,21 @@ class Pipeline:
         token_weights: str,
         tokenizer: Tokenizer,
         *,
+        index: Path | None = None,
         quiet: bool = False,
     ):
+        """`index`: directory that keeps measured lengths."""
         self._config, self._weights = config, token_weights
         self.sources, weights = open_sources(config, kind, tokenizer)
         data = config.data
-        self._lengths = [measure(s, data.tokens, data.tiles, quiet=quiet) for s in self.sources]
+        self.lengths = [
+            lengths_of(s, data.tokens, data.tiles, index, quiet=quiet) for s in self.sources
+        ]
         self.stream = Stream([len(s) for s in self.sources], weights, config.seed)
 
     def _length(self, n: int) -> tuple[int, int]:
         source, record = self.stream[n]
-        tokens, tiles = self._lengths[source][record]
-        return int(tokens), int(tiles)
+        return self.lengths[source][record]
 
     def plan(self, start: Cursor) -> Plan:
         data = self._config.data

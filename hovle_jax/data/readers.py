@@ -54,6 +54,10 @@ class _Lines:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def fingerprint(self) -> tuple[str, ...]:
+        found = os.stat(self._path)
+        return os.path.abspath(self._path), str(found.st_size), str(found.st_mtime_ns)
+
     def where(self, i: int) -> str:
         return f"{self._path}:{self._numbers[i]}"
 
@@ -101,6 +105,13 @@ class JsonlConversations:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """Path, size and time of the annotation, and where its images are.
+
+        Images are not looked at: a picture that was exchanged shows when it is read.
+        """
+        return (*self._lines.fingerprint(), os.path.abspath(self.root))
 
     def __getitem__(self, i: int) -> Record:
         """Reads and validates row `i`; UserError with file and line if it is malformed.
@@ -193,6 +204,10 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """The paths; a picture that was exchanged shows when it is read."""
+        return tuple(map(os.path.abspath, self._paths))
 
     def __getitem__(self, i: int) -> Record:
         path = self._paths[i]

@@ -34,6 +34,10 @@ class SampleSource(Protocol):
 
     def measure(self, i: int) -> tuple[int, int]:
         """(tokens, tiles) of record i, without decoding pixels."""
+        ...
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """All that `measure` depends on: files, tokenizer, settings."""
 
     def sample(self, i: int, draw: int) -> Sample: ...
 
@@ -77,6 +81,10 @@ class Tiler:
         self.min_tiles = data.min_tiles
         self.max_tiles = data.max_tiles if max_tiles is None else max_tiles
         self.thumbnail = data.thumbnail
+
+    @property
+    def settings(self) -> tuple[int, int, int, bool]:
+        return self.image_size, self.min_tiles, self.max_tiles, self.thumbnail
 
     def limits(self, images: int) -> tuple[int, int]:
         """(min, max) tiles of each image: several images share the budget (InternVL)."""
@@ -136,6 +144,10 @@ class Conversations:
     def __len__(self) -> int:
         return len(self._source)
 
+    def fingerprint(self) -> tuple[str, ...]:
+        settings = (self._template, self._system, self._tokens_per_tile, self._tiler.settings)
+        return (*self._source.fingerprint(), self._tokenizer.fingerprint, repr(settings))
+
     def measure(self, i: int) -> tuple[int, int]:
         record = self._source[i]
         counts = self._tiler.counts(record)
@@ -192,6 +204,10 @@ class UnpairedImages:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def fingerprint(self) -> tuple[str, ...]:
+        settings = (self._ratio, self._tokens_per_tile, self._tiler.settings)
+        return (*self._source.fingerprint(), repr(settings))
 
     def measure(self, i: int) -> tuple[int, int]:
         tiles = sum(self._tiler.counts(self._source[i]))

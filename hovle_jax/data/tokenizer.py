@@ -1,6 +1,7 @@
 """SentencePiece plus added tokens, with the semantics of the released InternLM2 tokenizer."""
 
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -122,6 +123,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The largest id plus one."""
         return max(self._sp.GetPieceSize(), *(i + 1 for i in self.special_ids))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files."""
+        digest = hashlib.sha256()
+        for name in sorted(self._files):
+            digest.update(f"{name} {len(self._files[name])} ".encode() + self._files[name])
+        return digest.hexdigest()
 
     @property
     def bos_id(self) -> int:
