@@ -111,7 +111,7 @@ def train(
                 waited = time.monotonic() - begin
                 batch = _to_device(host_batch, place)
                 state, metrics = step_fn(state, frozen, teach, batch)
-                reporter.dispatched(step, metrics, waited)
+                reporter.dispatched(step, metrics, waited, int(pipeline.read[1]))
                 due = config.save_every and step % config.save_every == 0
                 if due or step == config.steps or terminated:
                     reporter.flush()  # a saved step is never missing from the metrics
@@ -189,13 +189,14 @@ class _Reporter:
 
     def __init__(self, log: MetricLog, progress: Progress | None):
         self._log, self._progress = log, progress
-        self._pending: tuple[int, Any, float] | None = None
+        self._pending: tuple[int, Any, float, int] | None = None
         self._last: dict[str, float] = {}
         self._clock = time.monotonic()
 
-    def dispatched(self, step: int, metrics: Any, waited: float) -> None:
+    def dispatched(self, step: int, metrics: Any, waited: float, bad: int) -> None:
+        """`bad`: samples this process could not read, since it started."""
         self.flush()
-        self._pending = (step, metrics, waited)
+        self._pending = (step, metrics, waited, bad)
 
     def finish(self) -> dict[str, float]:
         self.flush()
@@ -204,12 +205,13 @@ class _Reporter:
     def flush(self) -> None:
         if self._pending is None:
             return
-        step, metrics, waited = self._pending
+        step, metrics, waited, bad = self._pending
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         row = {"step": step} | values | {"step_seconds": seconds, "data_wait_seconds": waited}
         row["tokens_per_second"] = values["tokens"] / seconds
+        row["bad_samples"] = bad
         self._log.write(row)
         self._last, self._pending = row, None
         if self._progress is not None:

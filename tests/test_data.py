@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import pathlib
 import pickle
 import shutil
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax.config import IGNORE
+from hovle_jax.config import IGNORE, DataConfig
 from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.pack import Plan, assemble, best_fit
 from hovle_jax.data.pipeline import Pipeline, Stream
@@ -182,10 +184,16 @@ class Counting:
         raise NotImplementedError
 
 
+def limits(tokens: int, tiles: int) -> DataConfig:
+    return DataConfig(tokens=tokens, tiles=tiles)
+
+
 def test_records_are_measured_once(tmp_path):
     Counting.measured = 0
-    first = lengths_of(Counting(), 20, 2, tmp_path, quiet=True)
-    again = lengths_of(Counting(), 16, 2, tmp_path, quiet=True)  # other limits, same lengths
+    first = lengths_of(Counting(), limits(20, 2), tmp_path, quiet=True)
+    again = lengths_of(
+        Counting(), limits(16, 2), tmp_path, quiet=True
+    )  # other limits, same lengths
     assert Counting.measured == 5
     assert (
         [first[i] for i in range(5)]
@@ -198,14 +206,14 @@ def test_records_are_measured_once(tmp_path):
             (14, 1),
         ]
     )
-    lengths_of(Counting("2"), 20, 2, tmp_path, quiet=True)
+    lengths_of(Counting("2"), limits(20, 2), tmp_path, quiet=True)
     assert Counting.measured == 10
-    lengths_of(Counting(), 20, 2, None, quiet=True)
+    lengths_of(Counting(), limits(20, 2), None, quiet=True)
     assert Counting.measured == 15
     with pytest.raises(UserError, match="record 4 has 13 tokens and 0 tiles; a row holds 12"):
-        lengths_of(Counting(), 12, 2, tmp_path, quiet=True)
+        lengths_of(Counting(), limits(12, 2), tmp_path, quiet=True)
     with pytest.raises(UserError, match="record 3 has 12 tokens and 2 tiles"):
-        lengths_of(Counting(), 20, 1, tmp_path, quiet=True)
+        lengths_of(Counting(), limits(20, 1), tmp_path, quiet=True)
 
 
 def test_what_lengths_depend_on_is_in_the_fingerprint(world):
@@ -233,6 +241,78 @@ def test_an_exchanged_image_is_noticed(world, tmp_path):
         Image.new("RGB", (64, 32)).save(path)
     with pytest.raises(UserError, match="image was exchanged; delete the index"):
         take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 4)
+
+
+@pytest.fixture
+def with_bad_images(world, tmp_path):
+    """120 images, six of them bad: (config, names of the bad). Three have no readable header."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    files = sorted((world.root / "images").iterdir())
+    names = [f"{i:03}{files[i % len(files)].suffix}" for i in range(120)]
+    for i, name in enumerate(names):
+        shutil.copy(files[i % len(files)], folder / name)
+    bad = names[7::20]
+    for i, name in enumerate(bad):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"no image" if i % 2 else whole[: len(whole) * 2 // 3])
+    return world.config("distill", data__images=(str(folder),), data__max_bad=0.06), bad
+
+
+def pipeline_of(config, index) -> Pipeline:
+    row, tokenizer = get_stage(config.stage), Tokenizer.load(config.data.tokenizer)
+    return Pipeline(config, row.data, row.token_weights, tokenizer, index=index, quiet=True)
+
+
+def samples_of(batches: list) -> list[bytes]:
+    """Every sample's tokens, in order."""
+    out = []
+    for batch, _ in batches:
+        for ids, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True):
+            out += [ids[segments == s].tobytes() for s in range(1, segments.max() + 1)]
+    return out
+
+
+def test_bad_images_are_left_out_and_counted(world, with_bad_images, tmp_path):
+    """Five in a hundred: the others come in the same order, and every bad one is on record."""
+    config, bad = with_bad_images
+    pipeline = pipeline_of(config, tmp_path / "index")
+    steps = 12
+    batches = take(pipeline.batches(), steps)
+    listed = {}
+    for path in (tmp_path / "index").glob("*rejects.jsonl"):
+        for line in path.read_text().splitlines():
+            reason = json.loads(line)["reason"]
+            listed |= {name: reason for name in bad if name in reason}
+    drawn, lost = pipeline.read
+    assert drawn > 120 and set(listed) == set(bad)  # more than an epoch: each was drawn
+    assert 6 <= lost < 0.1 * drawn
+    assert len(samples_of(batches)) == drawn - lost
+    again = take(pipeline_of(config, tmp_path / "index").batches(), steps)
+    assert all(same(a, b) for (a, _), (b, _) in zip(batches, again, strict=True))
+    workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+    parallel = take(pipeline_of(workers, tmp_path / "index").batches(), steps)
+    assert all(same(a, b) for (a, _), (b, _) in zip(batches, parallel, strict=True))
+
+
+def test_too_many_bad_images_stop_the_run(with_bad_images, tmp_path):
+    config, bad = with_bad_images
+
+    def limited(most: float) -> Pipeline:
+        data = dataclasses.replace(config.data, max_bad=most)
+        return pipeline_of(dataclasses.replace(config, data=data), tmp_path / "index")
+
+    with pytest.raises(UserError, match=bad[0]):  # strict: the first that cannot be measured
+        limited(0.0)
+    with pytest.raises(UserError, match=r"2 of 120 records cannot be read, more than .*0\.01"):
+        limited(0.01)
+    # Enough when measured; most are found broken only when their pixels are read.
+    folder = pathlib.Path(config.data.images[0])
+    pipeline = limited(0.06)
+    for path in folder.glob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="samples could not be read.*rejects.jsonl"):
+        take(pipeline.batches(), 12)
 
 
 def test_half_a_billion_records_open_at_once(tmp_path):

@@ -8,12 +8,16 @@ same run opens the file and goes on.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from hovle_jax.config import DataConfig
 from hovle_jax.data.samples import SampleSource
 from hovle_jax.errors import UserError
 from hovle_jax.metrics import Progress
@@ -54,42 +58,67 @@ class Lengths:
 
 
 def lengths_of(
-    source: SampleSource, tokens: int, tiles: int, directory: Path | None, *, quiet: bool = False
+    source: SampleSource, data: DataConfig, directory: Path | None, *, quiet: bool = False
 ) -> Lengths:
-    """(tokens, tiles) of every record.
+    """(tokens, tiles) of every record; (0, 0) of one that cannot be read and is left out.
 
     `directory` keeps what was measured (None: measured at every start). Row limits are no part of
     the fingerprint: changing config.data.tokens measures nothing again.
 
     Raises:
-      UserError: a record that cannot be read, or that no row of `tokens` and `tiles` can hold.
+      UserError: more records than config.data.max_bad that cannot be read, or one that no row can
+        hold.
     """
     path = None if directory is None else directory / _file_name(source)
     if path is None:
-        lengths = Lengths(_measure(source, quiet=quiet))
+        table, bad = _measure(source, quiet=quiet, most=data.max_bad)
+        lengths = Lengths(table)
     else:
-        if not path.is_file():
-            _save(path, _measure(source, quiet=quiet))
+        rejects = path.with_suffix(".rejects.jsonl")
+        if path.is_file():
+            bad = [json.loads(line)["reason"] for line in rejects.read_text().splitlines()]
+        else:
+            table, bad = _measure(source, quiet=quiet, most=data.max_bad)
+            _save(path, rejects, table, bad)
         lengths = Lengths(path)
-    over = lengths.first_over(tokens, tiles)
+    _check_bad(source, bad, data.max_bad)
+    over = lengths.first_over(data.tokens, data.tiles)
     if over is not None:
         raise UserError(
             f"{source.name}: record {over + 1} has {lengths[over][0]} tokens and "
-            f"{lengths[over][1]} tiles; a row holds {tokens} and {tiles} (config.data.tokens, "
-            "config.data.tiles)"
+            f"{lengths[over][1]} tiles; a row holds {data.tokens} and {data.tiles} "
+            "(config.data.tokens, config.data.tiles)"
         )
     return lengths
 
 
-def _measure(source: SampleSource, *, quiet: bool) -> np.ndarray:
+def _measure(source: SampleSource, *, quiet: bool, most: float) -> tuple[np.ndarray, list[str]]:
+    """(table of `Lengths`, why records were rejected). Stops as soon as there are too many."""
     table = np.zeros((len(source) + 1, 2), np.int32)
+    bad: list[str] = []
     progress = Progress(f"measuring {source.name}", len(source), every=100_000)
     for i in range(len(source)):
-        table[i] = source.measure(i)
+        try:
+            table[i] = source.measure(i)
+        except UserError as reason:
+            bad.append(str(reason))
+            _check_bad(source, bad, most)
         if not quiet:
             progress.update(i + 1)
     table[-1] = table.max(axis=0)
-    return table
+    return table, bad
+
+
+def _check_bad(source: SampleSource, bad: Sequence[str], most: float) -> None:
+    if len(bad) <= most * len(source):
+        return
+    if not most:
+        raise UserError(bad[0])
+    shown = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+    raise UserError(
+        f"{source.name}: {len(bad)} of {len(source)} records cannot be read, more than "
+        f"config.data.max_bad={most}: {shown}"
+    )
 
 
 def _file_name(source: SampleSource) -> str:
@@ -98,10 +127,17 @@ def _file_name(source: SampleSource) -> str:
     return f"{readable}-{digest.hexdigest()[:16]}.npy"
 
 
-def _save(path: Path, table: np.ndarray) -> None:
+def _save(path: Path, rejects: Path, table: np.ndarray, bad: Sequence[str]) -> None:
     """In one piece: hosts that share the directory may all write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, table)
-    os.replace(temporary, path)
+    lines = "".join(json.dumps({"reason": reason}) + "\n" for reason in bad)
+    for target, content in ((rejects, lines.encode()), (path, _npy(table))):
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+
+
+def _npy(table: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, table)
+    return buffer.getvalue()

@@ -9,6 +9,7 @@ The cursor is two integers, the same for any number of hosts and workers.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data.index import lengths_of
 from hovle_jax.data.pack import Plan, assemble
 from hovle_jax.data.readers import ImageFolder, TextLines, open_meta
-from hovle_jax.data.samples import Conversations, SampleSource, UnpairedImages, check_tokenizer
+from hovle_jax.data.samples import (
+    Conversations,
+    Sample,
+    SampleSource,
+    UnpairedImages,
+    check_tokenizer,
+)
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 
@@ -81,7 +88,8 @@ class Rows:
     def __init__(self, config: RunConfig, pipeline: Pipeline, start: Cursor, weights: str):
         data = config.data
         self._sources, self._stream = pipeline.sources, pipeline.stream
-        self._lengths = pipeline.lengths
+        self._lengths, self._rejects = pipeline.lengths, pipeline.rejects
+        self._max_bad = data.max_bad
         self._plan = pipeline.plan(start)
         self._assemble = functools.partial(
             assemble,
@@ -93,21 +101,43 @@ class Rows:
         )
 
     def __call__(self, row: int) -> HostBatch:
-        samples = []
-        for draw in self._plan[int(row)]:
-            source, record = self._stream[draw]
+        """The row, and under "read" how many samples it was to hold and how many were bad."""
+        places = self._plan[int(row)]
+        samples = [s for draw in places if (s := self._sample(draw)) is not None]
+        read = np.array([len(places), len(places) - len(samples)], np.int32)
+        return self._assemble(samples) | {"read": read}
+
+    def _sample(self, draw: int) -> Sample | None:
+        """None for a record that cannot be read; what it leaves free stays padding.
+
+        So the order of the others does not depend on which files are broken today.
+        """
+        source, record = self._stream[draw]
+        planned = self._lengths[source][record]
+        if planned == (0, 0):
+            return None
+        name = self._sources[source].name
+        try:
             sample = self._sources[source].sample(record, draw)
-            found = len(sample.ids), len(sample.tiles)
-            planned = self._lengths[source][record]
-            if found != planned:
-                name = self._sources[source].name
-                raise UserError(
-                    f"{name}: record {record + 1} has {found} tokens and tiles, but had {planned} "
-                    "when it was measured: an image was exchanged; delete the index "
-                    "(config.data.index, or WORKDIR/index)"
-                )
-            samples.append(sample)
-        return self._assemble(samples)
+        except UserError as reason:
+            if not self._max_bad:
+                raise
+            self._reject(name, record, str(reason))
+            return None
+        found = len(sample.ids), len(sample.tiles)
+        if found != planned:
+            raise UserError(
+                f"{name}: record {record + 1} has {found} tokens and tiles, but had {planned} "
+                "when it was measured: an image was exchanged; delete the index "
+                "(config.data.index, or WORKDIR/index)"
+            )
+        return sample
+
+    def _reject(self, source: str, record: int, reason: str) -> None:
+        if self._rejects is not None:
+            row = {"source": source, "record": record, "reason": reason}
+            with self._rejects.open("a") as file:  # one short write: worker processes share it
+                file.write(json.dumps(row) + "\n")
 
 
 class Pipeline:
@@ -123,13 +153,13 @@ class Pipeline:
         index: Path | None = None,
         quiet: bool = False,
     ):
-        """`index`: directory that keeps measured lengths."""
+        """`index`: directory that keeps measured lengths and lists bad records."""
         self._config, self._weights = config, token_weights
+        self.rejects = None if index is None else index / "rejects.jsonl"
+        self.read = np.zeros(2, np.int64)  # samples drawn by this host so far, bad ones among them
         self.sources, weights = open_sources(config, kind, tokenizer)
         data = config.data
-        self.lengths = [
-            lengths_of(s, data.tokens, data.tiles, index, quiet=quiet) for s in self.sources
-        ]
+        self.lengths = [lengths_of(source, data, index, quiet=quiet) for source in self.sources]
         self.stream = Stream([len(s) for s in self.sources], weights, config.seed)
 
     def _length(self, n: int) -> tuple[int, int]:
@@ -173,5 +203,17 @@ class Pipeline:
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
         plan = self.plan(start)
         for step, batch in enumerate(dataset, start=1):
+            self._count(batch.pop("read").sum(axis=0))
             window, row = plan.locate(step * data.rows)
             yield batch, {"window": window, "row": row}
+
+    def _count(self, read: np.ndarray) -> None:
+        self.read += read
+        drawn, bad = self.read
+        # A few in a row mean little; a broken disk or a moved folder is many.
+        if bad > max(self._config.data.max_bad * drawn, 10):
+            where = f"; see {self.rejects}" if self.rejects else ""
+            raise UserError(
+                f"{bad} of {drawn} samples could not be read, more than config.data.max_bad="
+                f"{self._config.data.max_bad}{where}"
+            )
