@@ -243,6 +243,27 @@ def test_an_exchanged_image_is_noticed(world, tmp_path):
         take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 4)
 
 
+def test_augmentation_is_a_function_of_the_draw(world, tmp_path):
+    """JPEG noise on the pixels, nothing else; the same again after a restart, not every epoch."""
+    meta = json.loads((world.root / "meta.json").read_text())
+    meta["colours"] |= {k: str(world.root / meta["colours"][k]) for k in ("root", "annotation")}
+    meta["colours"]["data_augment"] = True
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    changes = {"data__meta": str(tmp_path / "meta.json")}
+    plain = take(make(world, "instruct").batches(), 4)
+    noisy = take(make(world, "instruct", **changes).batches(), 4)
+    for (a, _), (b, _) in zip(plain, noisy, strict=True):
+        assert all(np.array_equal(a[k], b[k]) for k in a if k != "pixels")
+        difference = np.abs(a["pixels"].astype(int) - b["pixels"])
+        assert 0.5 < difference[a["pixels"] > 0].mean() < 20
+    resumed = take(make(world, "instruct", **changes).batches(noisy[1][1]), 2)
+    assert all(same(a, b) for (a, _), (b, _) in zip(noisy[2:], resumed, strict=True))
+    source = make(world, "instruct", **changes).sources[0]
+    first, second = (source.sample(0, draw).tiles for draw in (0, 1))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, source.sample(0, 0).tiles)
+
+
 @pytest.fixture
 def with_bad_images(world, tmp_path):
     """120 images, six of them bad: (config, names of the bad). Three have no readable header."""

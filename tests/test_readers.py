@@ -179,7 +179,7 @@ def test_meta(meta, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"data_augment": True}, "data_augment is not supported yet"),
+        ({"data_augment": 1}, "data_augment must be true or false, got 1"),
         ({"reptime": 1, "foo": 2}, r"unknown keys \['foo', 'reptime'\]"),
         ({"repeat_time": 0}, "repeat_time must be a positive number, got 0"),
         ({"repeat_time": "2"}, "repeat_time must be a positive number, got '2'"),

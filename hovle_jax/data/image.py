@@ -114,6 +114,13 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, image.height), bicubic).resize((width, height), bicubic)
 
 
+def recompress(image: Image.Image, quality: int) -> Image.Image:
+    """The image after a JPEG round trip: InternVL's only training augmentation."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
 def tile_image(
     image: Image.Image, *, image_size: int, min_tiles: int, max_tiles: int, thumbnail: bool
 ) -> np.ndarray:

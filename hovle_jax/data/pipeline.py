@@ -55,7 +55,7 @@ def open_sources(
     if not data.meta:
         raise UserError(f"config.data.meta: stage {config.stage!r} needs a meta.json")
     entries = open_meta(data.meta)
-    sources = [Conversations(e.source, tokenizer, model, data) for e in entries]
+    sources = [Conversations(e.source, tokenizer, model, data, config.seed) for e in entries]
     return sources, [len(e.source) * e.repeat for e in entries]
 
 

@@ -86,7 +86,14 @@ class JsonlConversations:
     'content' are read too, with the paths in 'image' or 'images'.
     """
 
-    def __init__(self, name: str, annotation: str, root: str, max_tiles: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        annotation: str,
+        root: str,
+        max_tiles: int | None = None,
+        augment: bool = False,
+    ):
         """Indexes the file.
 
         Args:
@@ -94,6 +101,7 @@ class JsonlConversations:
           annotation: Path of the jsonl file.
           root: Directory of its relative image paths.
           max_tiles: Tile limit of its images, None for the run's default.
+          augment: Its images are recompressed at random quality when trained on.
 
         Raises:
           UserError: the file is missing or empty.
@@ -101,6 +109,7 @@ class JsonlConversations:
         self.name = name
         self.root = root
         self.max_tiles = max_tiles
+        self.augment = augment
         self._lines = _Lines(annotation)
 
     def __len__(self) -> int:
@@ -263,7 +272,7 @@ def open_meta(path: str) -> list[MetaEntry]:
     'length' is ignored: the rows are counted.
 
     Raises:
-      UserError: a missing or malformed file or entry, an unknown key, or 'data_augment': true.
+      UserError: a missing or malformed file or entry, or an unknown key.
     """
     try:
         meta = json.loads(pathlib.Path(path).read_bytes())
@@ -282,8 +291,9 @@ def _meta_entry(path: str, name: str, entry: Any) -> MetaEntry:
         raise UserError(f"{where}: expected an object with a path under 'annotation'")
     if unknown := sorted(entry.keys() - _META_KEYS):
         raise UserError(f"{where}: unknown keys {unknown}; known are {sorted(_META_KEYS)}")
-    if entry.get("data_augment"):
-        raise UserError(f"{where}: data_augment is not supported yet; set it to false")
+    augment = entry.get("data_augment", False)
+    if not isinstance(augment, bool):
+        raise UserError(f"{where}: data_augment must be true or false, got {augment!r}")
     repeat = entry.get("repeat_time", 1)
     if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not repeat > 0:
         raise UserError(f"{where}: repeat_time must be a positive number, got {repeat!r}")
@@ -294,7 +304,7 @@ def _meta_entry(path: str, name: str, entry: Any) -> MetaEntry:
     if not isinstance(root, str):
         raise UserError(f"{where}: root must be a directory, got {root!r}")
     source = JsonlConversations(
-        name, _resolve(entry["annotation"], path), _resolve(root, path), max_tiles
+        name, _resolve(entry["annotation"], path), _resolve(root, path), max_tiles, augment
     )
     return MetaEntry(name, source, float(repeat), max_tiles)
 

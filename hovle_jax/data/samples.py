@@ -10,6 +10,7 @@ import dataclasses
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from hovle_jax.config import IGNORE, DataConfig, ModelConfig
 from hovle_jax.data import image
@@ -104,12 +105,18 @@ class Tiler:
             for ref in record.images
         ]
 
-    def tiles(self, record: Record) -> list[np.ndarray]:
-        """uint8 [tiles, H, W, 3] per image."""
+    def tiles(self, record: Record, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+        """uint8 [tiles, H, W, 3] per image; with `rng`, after a JPEG round trip of random quality
+        (75 to 100, as InternVL's `data_augment`)."""
         low, high = self.limits(len(record.images))
+
+        def opened(ref: str | bytes) -> Image.Image:
+            picture = image.open_image(ref, record.where)
+            return picture if rng is None else image.recompress(picture, int(rng.integers(75, 101)))
+
         return [
             image.tile_image(
-                image.open_image(ref, record.where),
+                opened(ref),
                 image_size=self.image_size,
                 min_tiles=low,
                 max_tiles=high,
@@ -132,9 +139,11 @@ class Conversations:
         tokenizer: Tokenizer,
         model: ModelConfig,
         data: DataConfig,
+        seed: int,
     ):
         self.name = source.name
         self._source = source
+        self._seed = seed
         self._tokenizer = tokenizer
         self._template = get_template(data.template)
         self._system = data.system
@@ -154,9 +163,10 @@ class Conversations:
         return len(self._encode(record, counts)[0]), sum(counts)
 
     def sample(self, i: int, draw: int) -> Sample:
-        del draw  # nothing here is random
         record = self._source[i]
-        tiles = self._tiler.tiles(record)
+        # The draw, not a generator that lives on: a resumed run makes the same picture.
+        rng = np.random.default_rng((self._seed, draw)) if self._source.augment else None
+        tiles = self._tiler.tiles(record, rng)
         ids, labels = self._encode(record, [len(t) for t in tiles])
         return Sample(ids, labels, self._tiler.stack(tiles))
 
