@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__
+from hovle_jax import __version__, cli_data
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -196,6 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     train.add_argument("--workdir", required=True)
+
+    data = commands.add_parser(
+        "data", help=cli_data.__doc__, description=cli_data.__doc__, allow_abbrev=False
+    )
+    cli_data.add_commands(data, load_config)
 
     imported = add(
         "import",

@@ -144,3 +144,32 @@ def test_config_files_build_and_round_trip():
             assert again == config
     with pytest.raises(UserError, match="hovle_9b"):
         load_config("configs/stage1_distill.py:hovle_9b")
+
+
+def test_data_tile(tmp_path, capsys):
+    """The contract other tools rely on: grid and one hash per tile, thumbnail last."""
+    golden = Path(__file__).parent / "golden/preproc"
+    image, report = golden / "04_640x480_RGB.png", tmp_path / "tile.json"
+    command = ["data", "tile", str(image), "--image-size", "448", "--max-tiles", "6"]
+    assert main([*command, "--json", str(report), "--png", str(tmp_path / "tile.png")]) == 0
+    body = json.loads(report.read_text())
+    assert (body["cols"], body["rows"], len(body["sha256"])) == (3, 2, 7)
+    assert body["sha256"][-1] in capsys.readouterr().out
+    assert (tmp_path / "tile.png").stat().st_size > 1000
+
+
+def test_data_inspect_and_stats(world, tmp_path, capsys):
+    config = tmp_path / "c.py"
+    fields = to_dict(world.config("instruct"))
+    config.write_text(
+        "import ml_collections\n"
+        f"def get_config():\n    return ml_collections.ConfigDict({fields!r})\n"
+    )
+    for name in ("inspect", "stats"):
+        picture = tmp_path / f"{name}.png"
+        assert main(["data", name, f"--config={config}", "--png", str(picture)]) == 0
+        assert picture.stat().st_size > 1000
+    assert "colours" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "tile", "a.png", "--nonsense"])
+    assert stopped.value.code == 2

@@ -28,6 +28,8 @@ ORDER = [
     "data.index",
     "data.pack",
     "data.pipeline",
+    "data.draw",
+    "data.inspect",
     "stages",
     "optim",
     "train_step",
@@ -58,6 +60,7 @@ ORDER = [
     "demo.standins",
     "demo.score",
     "demo.run",
+    "cli_data",
     "cli",
 ]
 

@@ -1,0 +1,122 @@
+"""`hovle data`: looking at data before and while training on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Load = Callable[[str, Sequence[str]], Any]  # cli.load_config
+
+
+def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
+    """Adds the subcommands of `hovle data` to its parser."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=lambda args, rest: run(args, rest, load_config))
+        return command
+
+    tile = add(
+        "tile",
+        _tile,
+        "How an image is cut: grid, tile order, a hash of every tile's pixels.",
+        "hovle data tile photo.jpg --image-size 448 --max-tiles 12 --png tiles.png",
+    )
+    tile.add_argument("image")
+    tile.add_argument("--image-size", type=int, default=448)
+    tile.add_argument("--max-tiles", type=int, default=12)
+
+    prompt = add(
+        "prompt",
+        _prompt,
+        "What the model reads for a question: the prompt, its ids, tiles per image.",
+        "hovle data prompt --tokenizer HoVLE --image photo.jpg --prompt 'What is this?'",
+    )
+    prompt.add_argument("--config", default="", help="FILE.py[:VARIANT]")
+    prompt.add_argument("--tokenizer", default="", help="directory; default: the config's")
+    prompt.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH")
+    prompt.add_argument("--prompt", required=True)
+
+    inspect = add(
+        "inspect",
+        _inspect,
+        "One packed row of any step: its tiles and tokens, by sample and by what is predicted.",
+        "hovle data inspect --config=configs/stage3_instruct.py:tiny --step 100 --png row.png",
+    )
+    inspect.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
+    inspect.add_argument("--step", type=int, default=1)
+    inspect.add_argument("--row", type=int, default=0)
+
+    stats = add(
+        "stats",
+        _stats,
+        "Lengths and tiles of every source, and how well rows of this config fill.",
+        "hovle data stats --config=configs/stage3_instruct.py:tiny --png stats.png",
+    )
+    stats.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
+    stats.add_argument("--windows", type=int, default=4, help="packing windows to plan")
+
+    for command in (tile, prompt, inspect, stats):
+        command.add_argument("--json", default="", metavar="FILE")
+    for command in (tile, inspect, stats):
+        command.add_argument("--png", default="", metavar="FILE", help="draw it")
+
+
+def _no_overrides(rest: Sequence[str]) -> None:
+    if rest:
+        print(f"hovle data: unknown argument {rest[0]}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _tile(args: argparse.Namespace, rest: list[str], _: Load) -> int:
+    _no_overrides(rest)
+    from hovle_jax.data import inspect
+
+    report = inspect.run_tile(args.image, args.image_size, args.max_tiles, args.json, args.png)
+    print(inspect.tile_text(report))
+    return 0
+
+
+def _prompt(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.data import inspect
+
+    config = load_config(args.config, rest) if args.config else _no_overrides(rest)
+    report = inspect.run_prompt(args.prompt, args.image, config, args.tokenizer, args.json)
+    print(inspect.prompt_text(report))
+    return 0
+
+
+def _inspect(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.data import inspect
+    from hovle_jax.stages import get_stage
+
+    config = load_config(args.config, rest)
+    stage = get_stage(config.stage)
+    report = inspect.run_inspect(
+        config, stage.data, stage.token_weights, args.step, args.row, args.json, args.png
+    )
+    print(inspect.row_text(report))
+    return 0
+
+
+def _stats(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.data import inspect
+    from hovle_jax.stages import get_stage
+
+    config = load_config(args.config, rest)
+    stage = get_stage(config.stage)
+    report = inspect.run_stats(
+        config, stage.data, stage.token_weights, args.windows, args.json, args.png
+    )
+    print(inspect.stats_text(report))
+    return 0
