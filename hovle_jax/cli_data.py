@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Load = Callable[[str, Sequence[str]], Any]  # cli.load_config
@@ -25,6 +27,26 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
         )
         command.set_defaults(run=lambda args, rest: run(args, rest, load_config))
         return command
+
+    convert = add(
+        "convert",
+        _convert,
+        "Anything readable -> ArrayRecord shards with the images inside; a kill costs one shard.",
+        "hovle data convert meta.json shards/ --max-rejects 0.01",
+    )
+    convert.add_argument("inputs", nargs="+", metavar="INPUT", help="path, or NAME=PATH")
+    convert.add_argument("out", metavar="OUT_DIR")
+    convert.add_argument("--root", default=None, help="directory of relative image paths")
+    convert.add_argument("--prompt", default="", help="user turn of a caption")
+    convert.add_argument("--shard-mb", type=int, default=512)
+    convert.add_argument("--max-rejects", type=float, default=0.01, help="fraction of all rows")
+    convert.add_argument(
+        "--check",
+        choices=("none", "header", "full"),
+        default="header",
+        help="how images are looked at; full decodes each",
+    )
+    convert.add_argument("--json", default="", metavar="FILE", help="a copy of the manifest")
 
     tile = add(
         "tile",
@@ -78,6 +100,27 @@ def _no_overrides(rest: Sequence[str]) -> None:
         raise SystemExit(2)
 
 
+def _convert(args: argparse.Namespace, rest: list[str], _: Load) -> int:
+    _no_overrides(rest)
+    from hovle_jax.data.convert import run_convert
+
+    options = {"prompt": args.prompt} if args.prompt else {}
+    manifest = run_convert(
+        args.inputs,
+        args.out,
+        root=args.root,
+        shard_bytes=args.shard_mb * 2**20,
+        max_rejects=args.max_rejects,
+        check=args.check,
+        **options,
+    )
+    for name, part in manifest["sources"].items():
+        print(f"{name}: {sum(s['records'] for s in part['shards'])} records")
+    if args.json:
+        Path(args.json).write_text(json.dumps(manifest, indent=2) + "\n")
+    return 0
+
+
 def _tile(args: argparse.Namespace, rest: list[str], _: Load) -> int:
     _no_overrides(rest)
     from hovle_jax.data import inspect
@@ -90,7 +133,9 @@ def _tile(args: argparse.Namespace, rest: list[str], _: Load) -> int:
 def _prompt(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
     from hovle_jax.data import inspect
 
-    config = load_config(args.config, rest) if args.config else _no_overrides(rest)
+    if not args.config:
+        _no_overrides(rest)
+    config = load_config(args.config, rest) if args.config else None
     report = inspect.run_prompt(args.prompt, args.image, config, args.tokenizer, args.json)
     print(inspect.prompt_text(report))
     return 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hovle_jax.cli import main
 from hovle_jax.config import IGNORE, DataConfig
 from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.pack import Plan, assemble, best_fit
@@ -262,6 +263,17 @@ def test_augmentation_is_a_function_of_the_draw(world, tmp_path):
     first, second = (source.sample(0, draw).tiles for draw in (0, 1))
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(first, source.sample(0, 0).tiles)
+
+
+def test_converted_data_gives_the_same_batches(world, tmp_path):
+    """ArrayRecord shards in place of jsonl and image files: every array of every batch is equal."""
+    assert main(["data", "convert", str(world.root / "meta.json"), str(tmp_path / "shards")]) == 0
+    entry = {"annotation": str(tmp_path / "shards")}
+    (tmp_path / "meta.json").write_text(json.dumps({"colours": entry}))
+    files = take(make(world, "instruct").batches(), 5)
+    shards = take(make(world, "instruct", data__meta=str(tmp_path / "meta.json")).batches(), 5)
+    for (a, cursor_a), (b, cursor_b) in zip(files, shards, strict=True):
+        assert same(a, b) and cursor_a == cursor_b
 
 
 @pytest.fixture

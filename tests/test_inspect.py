@@ -13,9 +13,9 @@ from hovle_jax.config import IGNORE
 from hovle_jax.data import draw, inspect
 from hovle_jax.data.pack import assemble
 from hovle_jax.data.pipeline import START, Pipeline
-from hovle_jax.data.readers import open_meta
 from hovle_jax.data.records import Turn
 from hovle_jax.data.samples import Sample
+from hovle_jax.data.sources import open_meta
 from hovle_jax.data.tokenizer import IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.stages import get_stage

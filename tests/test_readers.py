@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from hovle_jax.data import readers
+from hovle_jax.data import readers, sources
 from hovle_jax.data.records import Record, Turn
 from hovle_jax.errors import UserError
 
@@ -157,18 +157,18 @@ def meta(write, tmp_path):
     def meta(**entry):
         path = tmp_path / "meta.json"
         path.write_text(json.dumps({"d": {"root": "img/", "annotation": "d.jsonl"} | entry}))
-        return readers.open_meta(str(path))
+        return sources.open_meta(str(path))
 
     return meta
 
 
 def test_meta(meta, tmp_path, monkeypatch):
     (entry,) = meta(repeat_time=1.7, max_dynamic_patch=12, data_augment=False, length=99)
-    assert (entry.name, entry.repeat, entry.max_tiles) == ("d", 1.7, 12)
+    assert (entry.name, entry.repeat, entry.source.max_tiles) == ("d", 1.7, 12)
     assert (entry.source.name, entry.source.max_tiles, len(entry.source)) == ("d", 12, 1)
     assert entry.source[0].images == (f"{tmp_path}/img/x.png",)
     (entry,) = meta(root="/data")
-    assert (entry.repeat, entry.max_tiles) == (1.0, None)
+    assert (entry.repeat, entry.source.max_tiles) == (1.0, None)
     assert entry.source[0].images == ("/data/x.png",)
     # The working directory comes first.
     (tmp_path / "cwd" / "img").mkdir(parents=True)
@@ -196,8 +196,8 @@ def test_bad_meta_entries(meta, entry, message):
 def test_bad_meta_files(tmp_path):
     path = tmp_path / "meta.json"
     with pytest.raises(UserError, match=r"meta\.json: cannot be read"):
-        readers.open_meta(str(path))
+        sources.open_meta(str(path))
     for text, message in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
         path.write_text(text)
         with pytest.raises(UserError, match=rf"meta\.json: {message}"):
-            readers.open_meta(str(path))
+            sources.open_meta(str(path))

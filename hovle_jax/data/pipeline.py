@@ -21,7 +21,7 @@ from absl import flags
 from hovle_jax.config import RunConfig
 from hovle_jax.data.index import lengths_of
 from hovle_jax.data.pack import Plan, assemble
-from hovle_jax.data.readers import ImageFolder, TextLines, open_meta
+from hovle_jax.data.readers import ImageFolder, TextLines
 from hovle_jax.data.samples import (
     Conversations,
     Sample,
@@ -29,6 +29,7 @@ from hovle_jax.data.samples import (
     UnpairedImages,
     check_tokenizer,
 )
+from hovle_jax.data.sources import open_meta
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 
@@ -55,7 +56,7 @@ def open_sources(
     if not data.meta:
         raise UserError(f"config.data.meta: stage {config.stage!r} needs a meta.json")
     entries = open_meta(data.meta)
-    sources = [Conversations(e.source, tokenizer, model, data, config.seed) for e in entries]
+    sources = [Conversations(e, tokenizer, model, data, config.seed) for e in entries]
     return sources, [len(e.source) * e.repeat for e in entries]
 
 

@@ -4,10 +4,8 @@ Every source has `len()`, `[i]` and a name, and pickles (for data workers).
 """
 
 import array
-import dataclasses
 import json
 import os
-import pathlib
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,7 +21,6 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_META_KEYS = {*("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length")}
 
 
 class _Lines:
@@ -54,10 +51,6 @@ class _Lines:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def fingerprint(self) -> tuple[str, ...]:
-        found = os.stat(self._path)
-        return os.path.abspath(self._path), str(found.st_size), str(found.st_mtime_ns)
-
     def where(self, i: int) -> str:
         return f"{self._path}:{self._numbers[i]}"
 
@@ -71,7 +64,7 @@ class _Lines:
     def json(self, i: int) -> dict[str, Any]:
         try:
             row = json.loads(self[i])
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{self.where(i)}: not valid JSON ({e}); fix or delete the line") from e
         if not isinstance(row, dict):
             raise UserError(f"{self.where(i)}: expected a JSON object, got {type(row).__name__}")
@@ -86,14 +79,7 @@ class JsonlConversations:
     'content' are read too, with the paths in 'image' or 'images'.
     """
 
-    def __init__(
-        self,
-        name: str,
-        annotation: str,
-        root: str,
-        max_tiles: int | None = None,
-        augment: bool = False,
-    ):
+    def __init__(self, name: str, annotation: str, root: str, max_tiles: int | None = None):
         """Indexes the file.
 
         Args:
@@ -101,7 +87,6 @@ class JsonlConversations:
           annotation: Path of the jsonl file.
           root: Directory of its relative image paths.
           max_tiles: Tile limit of its images, None for the run's default.
-          augment: Its images are recompressed at random quality when trained on.
 
         Raises:
           UserError: the file is missing or empty.
@@ -109,18 +94,10 @@ class JsonlConversations:
         self.name = name
         self.root = root
         self.max_tiles = max_tiles
-        self.augment = augment
         self._lines = _Lines(annotation)
 
     def __len__(self) -> int:
         return len(self._lines)
-
-    def fingerprint(self) -> tuple[str, ...]:
-        """Path, size and time of the annotation, and where its images are.
-
-        Images are not looked at: a picture that was exchanged shows when it is read.
-        """
-        return (*self._lines.fingerprint(), os.path.abspath(self.root))
 
     def __getitem__(self, i: int) -> Record:
         """Reads and validates row `i`; UserError with file and line if it is malformed.
@@ -164,7 +141,7 @@ def _turns(row: dict[str, Any], where: str) -> list[Turn]:
         if not isinstance(message, dict):
             raise UserError(f"{where}: a turn must be a JSON object, got {message!r}")
         role = message.get("from", message.get("role"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise UserError(f"{where}: unknown role {role!r}; use one of {', '.join(_ROLES)}")
         text = next((message[k] for k in ("value", "text", "content") if k in message), None)
         if isinstance(text, list):
@@ -246,69 +223,3 @@ class TextLines:
             return self._lines[i].decode().strip("\r\n")
         except UnicodeDecodeError as e:
             raise UserError(f"{self._lines.where(i)}: not UTF-8 ({e}); convert the file") from e
-
-
-@dataclasses.dataclass(frozen=True)
-class MetaEntry:
-    """One data set of a meta file.
-
-    Attributes:
-      name: Its key.
-      source: Its conversations.
-      repeat: How often an epoch has it; a fraction is meant as such, where InternVL rounds down.
-      max_tiles: Its tile limit, None for the run's default.
-    """
-
-    name: str
-    source: JsonlConversations
-    repeat: float
-    max_tiles: int | None
-
-
-def open_meta(path: str) -> list[MetaEntry]:
-    """Opens InternVL's meta.json: {name: {root, annotation, repeat_time, max_dynamic_patch, ...}}.
-
-    Relative paths that do not exist from the working directory are taken from the meta file's.
-    'length' is ignored: the rows are counted.
-
-    Raises:
-      UserError: a missing or malformed file or entry, or an unknown key.
-    """
-    try:
-        meta = json.loads(pathlib.Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(meta, dict) or not meta:
-        raise UserError(f"{path}: expected a JSON object of data sets")
-    return [_meta_entry(path, name, entry) for name, entry in meta.items()]
-
-
-def _meta_entry(path: str, name: str, entry: Any) -> MetaEntry:
-    where = f"{path}: {name!r}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
-        raise UserError(f"{where}: expected an object with a path under 'annotation'")
-    if unknown := sorted(entry.keys() - _META_KEYS):
-        raise UserError(f"{where}: unknown keys {unknown}; known are {sorted(_META_KEYS)}")
-    augment = entry.get("data_augment", False)
-    if not isinstance(augment, bool):
-        raise UserError(f"{where}: data_augment must be true or false, got {augment!r}")
-    repeat = entry.get("repeat_time", 1)
-    if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not repeat > 0:
-        raise UserError(f"{where}: repeat_time must be a positive number, got {repeat!r}")
-    max_tiles = entry.get("max_dynamic_patch")
-    if max_tiles is not None and (type(max_tiles) is not int or max_tiles < 1):
-        raise UserError(f"{where}: max_dynamic_patch must be a positive integer, got {max_tiles!r}")
-    root = entry.get("root", "")
-    if not isinstance(root, str):
-        raise UserError(f"{where}: root must be a directory, got {root!r}")
-    source = JsonlConversations(
-        name, _resolve(entry["annotation"], path), _resolve(root, path), max_tiles, augment
-    )
-    return MetaEntry(name, source, float(repeat), max_tiles)
-
-
-def _resolve(path: str, meta: str) -> str:
-    """`os.path.join` keeps absolute paths as they are."""
-    return path if os.path.exists(path) else os.path.join(os.path.dirname(meta), path)

@@ -15,8 +15,9 @@ from PIL import Image
 from hovle_jax.config import IGNORE, DataConfig, ModelConfig
 from hovle_jax.data import image
 from hovle_jax.data.chat import TEMPLATES, Template, encode_conversation
-from hovle_jax.data.readers import ImageFolder, JsonlConversations, TextLines
+from hovle_jax.data.readers import ImageFolder, TextLines
 from hovle_jax.data.records import Record
+from hovle_jax.data.sources import MetaEntry
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
 
@@ -135,27 +136,28 @@ class Conversations:
 
     def __init__(
         self,
-        source: JsonlConversations,
+        entry: MetaEntry,
         tokenizer: Tokenizer,
         model: ModelConfig,
         data: DataConfig,
         seed: int,
     ):
-        self.name = source.name
-        self._source = source
+        self.name = entry.name
+        self._source, self._augment = entry.source, entry.augment
+        self._fingerprint = entry.fingerprint
         self._seed = seed
         self._tokenizer = tokenizer
         self._template = get_template(data.template)
         self._system = data.system
         self._tokens_per_tile = model.tokens_per_tile
-        self._tiler = Tiler(model, data, source.max_tiles)
+        self._tiler = Tiler(model, data, entry.source.max_tiles)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def fingerprint(self) -> tuple[str, ...]:
         settings = (self._template, self._system, self._tokens_per_tile, self._tiler.settings)
-        return (*self._source.fingerprint(), self._tokenizer.fingerprint, repr(settings))
+        return (*self._fingerprint, self._tokenizer.fingerprint, repr(settings))
 
     def measure(self, i: int) -> tuple[int, int]:
         record = self._source[i]
@@ -165,7 +167,7 @@ class Conversations:
     def sample(self, i: int, draw: int) -> Sample:
         record = self._source[i]
         # The draw, not a generator that lives on: a resumed run makes the same picture.
-        rng = np.random.default_rng((self._seed, draw)) if self._source.augment else None
+        rng = np.random.default_rng((self._seed, draw)) if self._augment else None
         tiles = self._tiler.tiles(record, rng)
         ids, labels = self._encode(record, [len(t) for t in tiles])
         return Sample(ids, labels, self._tiler.stack(tiles))

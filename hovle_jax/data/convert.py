@@ -1,0 +1,326 @@
+"""Any source -> canonical ArrayRecord shards with the images inside: `hovle data convert`.
+
+A converted directory holds NAME-00000.array_record, NAME-00001.array_record, ... per source,
+rejects.jsonl (source, row and reason of every row left out) and manifest.json, which is written
+last: where it is missing, the conversion is not finished. journal.json exists until then.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hovle_jax.data import formats, image
+from hovle_jax.data.array_record import (
+    MANIFEST,
+    VERSION,
+    encode_record,
+    open_shard,
+    read_manifest,
+)
+from hovle_jax.data.formats import PROMPT, Source, one_line
+from hovle_jax.data.records import Record
+from hovle_jax.data.sources import JOURNAL, open_meta, open_source
+from hovle_jax.errors import UserError
+from hovle_jax.metrics import Progress
+
+REJECTS = "rejects.jsonl"
+_CHECKS = ("none", "header", "full")
+# Rejects that end a conversion early, once they are also more than max_rejects allows.
+_MANY = 1000
+
+
+def run_convert(
+    inputs: list[str], out: str, *, root: str | None = None, prompt: str = PROMPT, **options: Any
+) -> dict[str, Any]:
+    """`hovle data convert INPUT... OUT`.
+
+    An input is what `open_source` opens, a meta.json, or NAME=INPUT to name the source; the other
+    arguments, results and errors are those of `open_source` and `convert`.
+    """
+    sources: list[Source] = []
+    sizes: list[int] = []
+    repeats: dict[str, float] = {}
+    for given in inputs:
+        named = not os.path.exists(given) and re.match(r"([\w.-]+)=", given)
+        name, path = (named[1], given[named.end() :]) if named else (None, given)
+        sizes.append(_size(path))
+        if _is_meta(path):
+            entries = open_meta(path)
+            sources += [entry.source for entry in entries]
+            repeats |= {entry.name: entry.repeat for entry in entries}
+        else:
+            sources.append(open_source(path, name, root=root, prompt=prompt))
+    config = {"inputs": inputs, "input_bytes": sizes, "prompt": prompt, "root": root}
+    config |= {"repeat_time": repeats}  # kept for the mixture; every row is converted once
+    return convert(sources, out, config=config, **options)
+
+
+def _is_meta(path: str) -> bool:
+    if not path.endswith(".json") or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+
+
+def _size(path: str) -> int:
+    """Bytes of an input, to notice that it changed between two runs."""
+    files = [path, *glob.glob(path), *glob.glob(os.path.join(glob.escape(path), "*"))]
+    return sum(os.path.getsize(file) for file in set(files) if os.path.isfile(file))
+
+
+def convert(
+    sources: Sequence[Source],
+    out_dir: str,
+    *,
+    shard_bytes: int = 512 * 2**20,
+    max_rejects: float = 0.01,
+    check: str = "header",
+    config: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes the sources as canonical ArrayRecord shards.
+
+    Started again after a kill with the same arguments it keeps the finished shards. The same
+    sources and settings give the same bytes.
+
+    Args:
+      sources: What to convert; their names name the shards.
+      out_dir: A new directory, or one to continue.
+      shard_bytes: A shard is closed before its records have more bytes than this.
+      max_rejects: Largest fraction of rows that may be rejected.
+      check: What images must pass: 'none', 'header' or 'full' (decoding, milliseconds each).
+      config: Kept in the manifest and compared on continuation.
+      quiet: No progress.
+
+    Returns:
+      The manifest: records, rejects, config, and per source its records, rejects, max_tiles and
+      shards (file, records, bytes, sha256, first and end row).
+
+    Raises:
+      UserError: bad arguments, `out_dir` holds something else, or too many rejects: with a larger
+        `max_rejects` it continues where it stopped.
+    """
+    _check_arguments([source.name for source in sources], shard_bytes, max_rejects, check)
+    total = sum(map(len, sources))
+    full = {**(config or {}), "check": check, "shard_bytes": shard_bytes}
+    full["sources"] = [[s.name, len(s), s.max_tiles] for s in sources]
+    full = json.loads(json.dumps(full))  # as it will be read back
+    if (manifest := read_manifest(out_dir)) is not None:
+        shards = [x for part in manifest["sources"].values() for x in part["shards"]]
+        _check(out_dir, manifest["config"], full, shards)
+        pathlib.Path(out_dir, JOURNAL).unlink(missing_ok=True)  # killed just before that
+        return manifest
+    job = _Job(out_dir, full, shard_bytes, check)
+    progress = Progress("converting", total, every=10_000)
+    done = 0
+    try:
+        for source in sources:
+            while (first := job.end(source.name)) < len(source):
+                for row in job.write_shard(source, first):
+                    if job.rejects > max(max_rejects * total, _MANY):
+                        raise job.too_many(total, max_rejects)
+                    if not quiet:
+                        progress.update(done + row, f"{job.rejects} rejected")
+            done += len(source)
+        if job.rejects > max_rejects * total:
+            raise job.too_many(total, max_rejects)
+        return job.finish(sources)
+    except (OSError, RuntimeError) as e:  # ArrayRecord's: a full disk
+        raise UserError(f"{out_dir}: stopped ({one_line(e)}); the same command continues") from e
+
+
+def _check_arguments(names: list[str], shard_bytes: int, max_rejects: float, check: str) -> None:
+    if not names:
+        raise UserError("nothing to convert")
+    for name in names:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise UserError(f"source name {name!r} is no file name; give one as NAME=INPUT")
+        if names.count(name) > 1:
+            raise UserError(f"two sources are named {name!r}; give names as NAME=INPUT")
+    if shard_bytes < 1:
+        raise UserError(f"shard_bytes must be positive, got {shard_bytes}")
+    if not 0 <= max_rejects <= 1:
+        raise UserError(f"max_rejects must be a fraction from 0 to 1, got {max_rejects}")
+    if check not in _CHECKS:
+        raise UserError(f"check must be one of {', '.join(_CHECKS)}, got {check!r}")
+
+
+def _check(
+    out_dir: str, found: dict[str, Any], config: dict[str, Any], shards: list[dict[str, Any]]
+) -> None:
+    """UserError unless what is in the directory can be continued, or is what is asked for."""
+    if found != config:
+        raise UserError(f"{out_dir}: a conversion of other inputs or settings; name another")
+    for shard in shards:
+        path = os.path.join(out_dir, shard["file"] or "")
+        if shard["file"] and not (os.path.isfile(path) and os.path.getsize(path) == shard["bytes"]):
+            raise UserError(f"{path}: missing or changed; delete {out_dir} and convert again")
+
+
+class _Job:
+    """The directory being written: journal, rejects and shards.
+
+    Order makes it safe to kill at any time: a shard is complete before it gets its name, named
+    before the journal has it; the journal's last entry says how much of rejects.jsonl to keep.
+    """
+
+    def __init__(self, out_dir: str, config: dict[str, Any], shard_bytes: int, check: str):
+        self._dir, self._config = out_dir, config
+        self._shard_bytes, self._check = shard_bytes, check
+        os.makedirs(out_dir, exist_ok=True)
+        self._shards = self._read_journal()
+        last = self._shards[-1] if self._shards else {"rejects": 0, "rejects_bytes": 0}
+        self.rejects: int = last["rejects"]
+        # Cut to what the finished shards rejected.
+        path = os.path.join(out_dir, REJECTS)
+        self._rejects_file = open(path, "ab")  # noqa: SIM115 - closed by finish
+        if os.path.getsize(path) < last["rejects_bytes"]:
+            raise UserError(f"{path}: missing or changed; delete {out_dir} and convert again")
+        self._rejects_file.truncate(last["rejects_bytes"])
+        self._rejects_file.seek(0, os.SEEK_END)
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        path = os.path.join(self._dir, JOURNAL)
+        if os.path.isfile(path):
+            journal = formats.load_json(pathlib.Path(path).read_bytes(), path)
+            _check(self._dir, journal["config"], self._config, journal["shards"])
+            return list(journal["shards"])
+        strays = [file for file in os.listdir(self._dir) if file != f"{JOURNAL}.tmp"]
+        if strays:
+            raise UserError(f"{self._dir}: not empty ({strays[0]}); name a new directory")
+        self._write_journal([])
+        return []
+
+    def _write_journal(self, shards: list[dict[str, Any]]) -> None:
+        _write(os.path.join(self._dir, JOURNAL), {"config": self._config, "shards": shards})
+
+    def end(self, name: str) -> int:
+        """The first row of a source that no finished shard covers."""
+        return max((s["end"] for s in self._shards if s["source"] == name), default=0)
+
+    def write_shard(self, source: Source, first: int) -> Iterator[int]:
+        """Writes the shard that begins at row `first`; yields the number of rows done."""
+        from array_record.python import array_record_module
+
+        number = sum(s["source"] == source.name and bool(s["file"]) for s in self._shards)
+        file = f"{source.name}-{number:05}.array_record"
+        path = os.path.join(self._dir, file)
+        writer, records, payload, row = None, 0, 0, first
+        while row < len(source):
+            try:
+                record = source[row]
+                data = encode_record(record.turns, _image_bytes(record, self._check))
+            except (UserError, TypeError, UnicodeError, RecursionError) as e:  # of odd JSON, too
+                line = {"source": source.name, "row": row + 1, "reason": one_line(e)}
+                self._rejects_file.write(json.dumps(line).encode() + b"\n")
+                self.rejects += 1
+            else:
+                if records and payload + len(data) > self._shard_bytes:
+                    break
+                if writer is None:
+                    writer = array_record_module.ArrayRecordWriter(f"{path}.tmp", "group_size:1")
+                writer.write(data)
+                records, payload = records + 1, payload + len(data)
+            row += 1
+            yield row
+        shard: dict[str, Any] = {"source": source.name, "file": None, "records": 0}
+        if writer is not None:
+            writer.close()
+            if open_shard(f"{path}.tmp").num_records() != records:
+                raise UserError(f"{path}.tmp: not all was written; is the disk full?")
+            size, digest = _seal(f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+            shard |= {"file": file, "records": records, "bytes": size, "sha256": digest}
+        self._rejects_file.flush()
+        os.fsync(self._rejects_file.fileno())
+        shard |= {"first": first, "end": row}
+        shard |= {"rejects": self.rejects, "rejects_bytes": self._rejects_file.tell()}
+        self._write_journal([*self._shards, shard])
+        self._shards.append(shard)
+
+    def too_many(self, total: int, max_rejects: float) -> UserError:
+        self._rejects_file.flush()
+        path = os.path.join(self._dir, REJECTS)
+        with open(path, "rb") as f:
+            first = json.loads(f.readline())["reason"]
+        return UserError(
+            f"{self.rejects} of {total} rows were rejected, more than max_rejects={max_rejects:g} "
+            f"allows; {path} has the reasons, the first is: {first}"
+        )
+
+    def finish(self, sources: Sequence[Source]) -> dict[str, Any]:
+        """Writes the manifest and drops the journal."""
+        parts: dict[str, Any] = {}
+        before = 0
+        for source in sources:
+            mine = [s for s in self._shards if s["source"] == source.name]
+            after = mine[-1]["rejects"] if mine else before
+            keys = ("file", "records", "bytes", "sha256", "first", "end")
+            parts[source.name] = {
+                "records": sum(s["records"] for s in mine),
+                "rejects": after - before,
+                "max_tiles": source.max_tiles,
+                "shards": [{k: s[k] for k in keys} for s in mine if s["file"]],
+            }
+            before = after
+        records = sum(part["records"] for part in parts.values())
+        manifest = {"version": VERSION, "records": records, "rejects": self.rejects}
+        manifest |= {"config": self._config, "sources": parts}
+        self._rejects_file.close()
+        _write(os.path.join(self._dir, MANIFEST), manifest)
+        for name in (JOURNAL, f"{JOURNAL}.tmp"):
+            pathlib.Path(self._dir, name).unlink(missing_ok=True)
+        return manifest
+
+
+def _write(path: str, content: dict[str, Any]) -> None:
+    """JSON, on the disk and in one piece when this returns."""
+    with open(f"{path}.tmp", "w") as f:
+        json.dump(content, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def _seal(path: str) -> tuple[int, str]:
+    """(bytes, sha256) of a file, which is on the disk when this returns."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        return os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _image_bytes(record: Record, check: str) -> list[bytes]:
+    """The encoded images of a record; UserError if one is missing or fails the check."""
+    images = []
+    for ref in record.images:
+        data = _read_file(ref, record.where) if isinstance(ref, str) else ref
+        try:
+            if check == "header":
+                image.image_size_of(data, record.where)
+            elif check == "full":
+                image.open_image(data, record.where)
+        except Exception as e:  # hostile bytes find every kind in the decoders
+            name = repr(ref) if isinstance(ref, str) else "inside"
+            reason = one_line(e).removeprefix(f"{record.where}: ")
+            raise UserError(f"{record.where}: image {name}: {reason}") from e
+        images.append(data)
+    return images
+
+
+def _read_file(path: str, where: str) -> bytes:
+    try:
+        # A device or a pipe would never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{where}: image {path!r} is no regular file")
+        return pathlib.Path(path).read_bytes()
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
+        reason = getattr(e, "strerror", None) or one_line(e)
+        raise UserError(f"{where}: image {path!r} cannot be read ({reason})") from e
