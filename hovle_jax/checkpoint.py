@@ -165,9 +165,9 @@ class Stored:
         return np.dtype(self._metadata(path)[1].dtype)
 
     def piece(self, path: str, index: Any) -> np.ndarray:
-        """A part of one parameter, on the host."""
+        """A part of one parameter, on the host: a layer's number, or a slice of one without."""
         if self.hub is not None:
-            return self.hub.read(self._rows[path])[path][index]
+            return self.hub.read_layer(self._rows[path], path, index)
         return open_array(self._metadata(path)[0], path)[index].read().result()
 
     def _metadata(self, path: str) -> tuple[Path, Any]:

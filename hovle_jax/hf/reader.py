@@ -88,6 +88,12 @@ class HubDirectory:
                 out[path][i] = x
         return out
 
+    def read_layer(self, row: names.Row, path: str, index: Any) -> np.ndarray:
+        """One native array of a row: layer `index`, or that part of a row without layers."""
+        name = row.tensors[index] if row.layers else row.hf
+        x = row.to_native(read_tensor(self.tensors[name]))[row.native.index(path)]
+        return x if row.layers else x[index]
+
     def check(self) -> None:
         """Refuses missing, misshaped and unexpected tensors, naming them.
 

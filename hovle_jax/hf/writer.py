@@ -75,6 +75,8 @@ def write_directory(
       UserError: a model that is not whole or cannot be written in this flavour; a full disk.
     """
     stored = open_stored(model_dir)
+    if stored.hub is not None:
+        stored.hub.check()
     config, data = stored.model, stored.data or DataConfig()
     table = {"reference": names.hovle, "fused": names.fused}[options.flavour]
     describe = {"reference": configs.hovle_json, "fused": configs.fused_json}[options.flavour]
