@@ -69,6 +69,15 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     prompt.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH")
     prompt.add_argument("--prompt", required=True)
 
+    index = add(
+        "index",
+        _index,
+        "Measure every record once, before a pod waits for it; runs use it by config.data.index.",
+        "hovle data index --config=configs/stage3_instruct.py:hovle_2b --out gs-mount/index",
+    )
+    index.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
+    index.add_argument("--out", required=True, metavar="DIR")
+
     inspect = add(
         "inspect",
         _inspect,
@@ -138,6 +147,22 @@ def _prompt(args: argparse.Namespace, rest: list[str], load_config: Load) -> int
     config = load_config(args.config, rest) if args.config else None
     report = inspect.run_prompt(args.prompt, args.image, config, args.tokenizer, args.json)
     print(inspect.prompt_text(report))
+    return 0
+
+
+def _index(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.data.pipeline import Pipeline
+    from hovle_jax.data.tokenizer import Tokenizer
+    from hovle_jax.stages import get_stage
+
+    config = load_config(args.config, rest)
+    stage = get_stage(config.stage)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    out = Path(args.out)
+    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, index=out)
+    for source, lengths in zip(pipeline.sources, pipeline.lengths, strict=True):
+        print(f"{source.name}: {len(lengths):,} records")
+    print(f"use it by --config.data.index={out}")
     return 0
 
 

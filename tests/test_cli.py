@@ -170,6 +170,10 @@ def test_data_inspect_and_stats(world, tmp_path, capsys):
         assert main(["data", name, f"--config={config}", "--png", str(picture)]) == 0
         assert picture.stat().st_size > 1000
     assert "colours" in capsys.readouterr().out
+    index = tmp_path / "index"
+    assert main(["data", "index", f"--config={config}", "--out", str(index)]) == 0
+    assert "colours: 25 records" in capsys.readouterr().out
+    assert len(list(index.glob("colours-*.npy"))) == 1
     with pytest.raises(SystemExit) as stopped:
         main(["data", "tile", "a.png", "--nonsense"])
     assert stopped.value.code == 2

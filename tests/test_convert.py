@@ -438,6 +438,21 @@ def test_truncated_shard(tmp_path, one_line_error):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
 
 
+def test_files_that_contradict_each_other(tmp_path, one_line_error):
+    """Which of two files is meant cannot be guessed; an adapter beside the weights is ignored."""
+    source = copy_of(A_PRE, tmp_path / "hf")
+    save_file({"lora": np.ones(3, np.float32)}, source / "adapter_model.safetensors")
+    assert main(["import", str(source), str(tmp_path / "out")]) == 0
+    (source / shards.INDEX).write_text("{}")
+    message = one_line_error(["import", str(source), str(tmp_path / "again")])
+    assert "both model.safetensors and model.safetensors.index.json" in message
+    (source / shards.INDEX).unlink()
+    shutil.copy(source / "model.safetensors", source / "a.safetensors")
+    (source / "model.safetensors").rename(source / "b.safetensors")
+    message = one_line_error(["import", str(source), str(tmp_path / "again")])
+    assert "is also in a.safetensors" in message
+
+
 @pytest.mark.parametrize("edit", ["entry gone", "entry wrong", "not an index"])
 def test_index_that_disagrees(edit, tmp_path, one_line_error):
     source = sharded(tmp_path)

@@ -19,6 +19,7 @@ Only places that are not padding are compared.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,9 @@ class Comparison:
         return self.max_abs <= self.tolerance  # False for NaN
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"passed": self.passed}
+        # JSON knows no infinity (another shape) and no NaN.
+        largest = self.max_abs if math.isfinite(self.max_abs) else None
+        return dataclasses.asdict(self) | {"max_abs": largest, "passed": self.passed}
 
 
 @dataclasses.dataclass(frozen=True)

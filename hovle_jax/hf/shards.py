@@ -53,17 +53,26 @@ def open_shards(directory: str | Path) -> dict[str, Tensor]:
       UserError: no weights, a truncated or foreign file, or an index that disagrees with its files.
     """
     directory = Path(directory)
-    index = directory / INDEX
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise UserError(f"{directory}: holds both {single.name} and {INDEX}; delete the stale one")
     if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
+        files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
         if not files:
             raise UserError(f"{directory}: no *.safetensors files")
-        return {name: t for file in files for name, t in read_header(file).items()}
+        found: dict[str, Tensor] = {}
+        for file in files:
+            here = read_header(file)
+            if twice := sorted(set(here) & set(found)):
+                other = found[twice[0]].file.name
+                raise UserError(f"{file}: {twice[0]} is also in {other}; delete one of them")
+            found |= here
+        return found
     try:
         listed = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{index}: not a safetensors index ({error!r})") from None
-    found: dict[str, Tensor] = {}
+    found = {}
     for name in sorted(set(listed.values())):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing, but {INDEX} lists it")
