@@ -131,7 +131,11 @@ def _grow(x: jax.Array, want: Any, axis: int, rng: jax.Array) -> jax.Array:
 
 def _check_agreement(stored: Stored, theirs: Any, ours: Any, where: str) -> None:
     """Shapes show most differences between configs; these would only show as bad results."""
-    for name in ("rope_theta", "rms_norm_eps", "norm_eps", "shuffle_version"):
+    names = ["rope_theta", "rms_norm_eps", "norm_eps", "shuffle_version"]
+    names += ["qkv_bias", "out_bias", "qk_norm", "norm"]
+    if "linear" in (getattr(ours, "rope_scaling", ""), getattr(theirs, "rope_scaling", "")):
+        names += ["rope_scaling", "rope_factor"]  # dynamic differs only past the trained length
+    for name in names:
         if hasattr(ours, name) and getattr(ours, name) != getattr(theirs, name):
             raise UserError(
                 f"config.{where}.{name} is {getattr(ours, name)!r}, but {stored.directory} has "

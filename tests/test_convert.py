@@ -572,6 +572,7 @@ def test_fused_is_the_same_function(tmp_path):
         ({"shuffle_loc": "post"}, "shuffle_loc"),
         ({"normalize_embeddings": True}, "normalize_embeddings"),
         ({"special_tokens": 3}, "special-token table"),
+        ({"decoder": dataclasses.replace(LAYERS, rope_scaling="dynamic")}, "dynamic rope"),
         ({"decoder": dataclasses.replace(LAYERS, rope_theta=1e4)}, "rope_theta is 1000000.0"),
         ({"decoder": dataclasses.replace(LAYERS, rms_norm_eps=1e-6)}, "rms_norm_eps"),
         ({"decoder": dataclasses.replace(LAYERS, qkv_bias=True)}, "biases"),
@@ -583,6 +584,12 @@ def test_fused_refuses_what_is_not_exact(change, reason):
     with pytest.raises(UserError, match="not exact") as error:
         configs.fused_json(config, DataConfig(), "float32")
     assert reason in str(error.value)
+
+
+def test_fused_head_is_never_tied():
+    """The files of a tied LLM keep its head as its table; a fused one has both matrices."""
+    body = configs.fused_json(dataclasses.replace(LLM, tie_head=True), DataConfig(), "float32")
+    assert body["text_config"]["tie_word_embeddings"] is False
 
 
 def test_dtype_option(tmp_path):

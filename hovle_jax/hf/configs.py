@@ -282,6 +282,10 @@ def fused_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
         ("model.shuffle_loc is 'post'", c.shuffle_loc == "pre"),
         ("model.normalize_embeddings stands between the stacks", not c.normalize_embeddings),
         ("the special-token table is separate", not c.special_tokens and not c.table_rows),
+        (
+            "dynamic rope follows a batch's longest row in Llama",
+            c.decoder.rope_scaling != "dynamic",
+        ),
         ("Llama has biases in q, k, v and o or in none", c.decoder.qkv_bias == c.decoder.out_bias),
     ):
         if not exact:
@@ -308,7 +312,8 @@ def fused_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
         "min_dynamic_patch": data.min_tiles,
         "pad_token_id": c.pad_id,
         "template": data.template,
-        "text_config": _llm_json(c, "llama", dtype) | {"num_hidden_layers": layers},
+        "text_config": _llm_json(c, "llama", dtype)
+        | {"num_hidden_layers": layers, "tie_word_embeddings": False},
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_thumbnail": data.thumbnail,

@@ -24,7 +24,7 @@ def new_directory(out: str | Path, need: int) -> Iterator[Path]:
     Raises:
       UserError: OUT is not empty, cannot be written, or the disk is too small.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; remove it or choose another directory")
     partial = out.with_name(f"{out.name}.partial")

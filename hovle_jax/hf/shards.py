@@ -70,13 +70,17 @@ def open_shards(directory: str | Path) -> dict[str, Tensor]:
         return found
     try:
         listed = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a safetensors index ({error!r})") from None
     found = {}
     for name in sorted(set(listed.values())):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing, but {INDEX} lists it")
-        found |= read_header(directory / name)
+        here = read_header(directory / name)
+        if twice := sorted(set(here) & set(found)):
+            other = found[twice[0]].file.name
+            raise UserError(f"{directory / name}: {twice[0]} is also in {other}")
+        found |= here
     for name in sorted(set(listed) | set(found)):
         if name not in found:
             raise UserError(
