@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,21 +13,29 @@ from typing import Any
 Load = Callable[[str, Sequence[str]], Any]  # cli.load_config
 
 
+def add_command(
+    commands: Any, name: str, run: Any, text: str, example: str
+) -> argparse.ArgumentParser:
+    """A subcommand with its example; `run(args, rest)` gives the exit status."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
 def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     """Adds the subcommands of `hovle data` to its parser."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.set_defaults(run=lambda args, rest: run(args, rest, load_config))
-        return command
+        given = functools.partial(run, load_config=load_config)
+        return add_command(commands, name, given, text, example)
 
     convert = add(
         "convert",
@@ -109,7 +118,8 @@ def _no_overrides(rest: Sequence[str]) -> None:
         raise SystemExit(2)
 
 
-def _convert(args: argparse.Namespace, rest: list[str], _: Load) -> int:
+def _convert(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    del load_config  # no config, so nothing to override
     _no_overrides(rest)
     from hovle_jax.data.convert import run_convert
 
@@ -130,7 +140,8 @@ def _convert(args: argparse.Namespace, rest: list[str], _: Load) -> int:
     return 0
 
 
-def _tile(args: argparse.Namespace, rest: list[str], _: Load) -> int:
+def _tile(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    del load_config  # no config, so nothing to override
     _no_overrides(rest)
     from hovle_jax.data import inspect
 

@@ -18,8 +18,7 @@ import pytest
 from hovle_jax import checkpoint, embedding, model, stages, teacher
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.generate import generate
-from hovle_jax.hf import names
-from hovle_jax.tree import flatten
+from hovle_jax.hf.verify import hub_gradients
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = {"a_pre": ("text", "img1", "img5t", "batch_left"), "b_post": ("img1", "img5t")}
@@ -195,17 +194,7 @@ def test_losses(variant, case):
 def hf_gradients(variant: str, weighted: bool) -> dict[str, np.ndarray]:
     """Gradients by the reference's tensor names; tensors that nothing reads are missing."""
     config, _ = model_of(variant)
-    _, grads = gradient_of(variant, "img1", weighted)
-    flat = {k: np.asarray(v) for k, v in flatten(grads).items()}
-    out = {}
-    for row in names.hovle(config):
-        if not row.native:
-            continue
-        arrays = tuple(flat.pop(path) for path in row.native)
-        for i, name in enumerate(row.tensors):
-            out[name] = row.to_hf(tuple(a[i] for a in arrays) if row.layers else arrays)
-    assert not flat  # every native gradient has a name
-    return out
+    return hub_gradients(config, gradient_of(variant, "img1", weighted)[1])
 
 
 @pytest.mark.parametrize("variant", CASES)

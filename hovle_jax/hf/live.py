@@ -20,6 +20,7 @@ from hovle_jax.hf.cases import STATES, CaseReport, Comparison
 from hovle_jax.hf.verify import Verifier
 
 NEW_TOKENS = 12
+TILES = (0, 1, 3)  # of the prompts
 _WORKER = Path(__file__).parent / "torch_worker.py"
 
 
@@ -32,7 +33,7 @@ def made_up_prompts(config: ModelConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     words = np.setdiff1d(np.arange(3, config.vocab_size), [config.img_context_id])
     out: dict[str, np.ndarray] = {"new": np.array(NEW_TOKENS)}
-    for tiles in (0, 1, 3):
+    for tiles in TILES:
         ids = rng.choice(words, 20)
         if tiles:
             places = np.full(tiles * config.tokens_per_tile, config.img_context_id)
@@ -68,6 +69,14 @@ def torch_outputs(directory: str | Path, prompts: dict[str, np.ndarray]) -> dict
             return dict(z)
 
 
+def batch_of(prompts: dict[str, np.ndarray], tiles: int) -> dict[str, Any]:
+    """The made-up prompt with so many tiles as a batch of one row."""
+    batch = {"input_ids": jnp.asarray(prompts[f"ids.{tiles}"][None], jnp.int32)}
+    if tiles:
+        batch["pixels"] = jnp.asarray(np.moveaxis(prompts[f"pixels.{tiles}"], 1, -1)[None])
+    return batch
+
+
 def compare_live(model_dir: str | Path, hf_dir: str | Path) -> CaseReport:
     """Logits (and, of exports, greedy tokens) of both for 0, 1 and 3 tiles, in float32."""
     verifier = Verifier(model_dir, "float32")
@@ -75,13 +84,11 @@ def compare_live(model_dir: str | Path, hf_dir: str | Path) -> CaseReport:
     prompts = made_up_prompts(config)
     theirs = torch_outputs(hf_dir, prompts)
     found = []
-    for tiles in (0, 1, 3):
+    for tiles in TILES:
         ids = prompts[f"ids.{tiles}"]
-        batch: dict[str, Any] = {"input_ids": jnp.asarray(ids[None], jnp.int32)}
-        own = np.zeros((0, config.image_size, config.image_size, 3), np.float32)
-        if tiles:
-            own = np.moveaxis(prompts[f"pixels.{tiles}"], 1, -1)
-            batch["pixels"] = jnp.asarray(own[None])
+        batch = batch_of(prompts, tiles)
+        empty = np.zeros((1, 0, config.image_size, config.image_size, 3), np.float32)
+        own = np.asarray(batch.get("pixels", empty))[0]
         logits = np.asarray(model.apply(params, batch, config)["logits"])[0]
         difference = float(np.abs(logits - theirs[f"logits.{tiles}"]).max())
         found.append(Comparison(f"logits, {tiles} tiles", difference, STATES))
