@@ -1,4 +1,4 @@
-"""Loss terms. Each returns (sum, weight) so that micro-batches and devices add up exactly.
+"""What loss terms are made of: the loss and the weight of every place, and their sums.
 
 B rows   S length   E width   V vocabulary
 """
@@ -12,8 +12,6 @@ from hovle_jax.config import IGNORE
 
 COSINE_EPS = 1e-6
 
-Term = tuple[jax.Array, jax.Array]  # (sum, weight), float32 scalars
-
 
 def cosine_distance(pred: jax.Array, target: jax.Array) -> jax.Array:
     """1 - cos over the last axis, in float32: [...]."""
@@ -24,9 +22,11 @@ def cosine_distance(pred: jax.Array, target: jax.Array) -> jax.Array:
     return 1.0 - dot * jax.lax.rsqrt(norms + COSINE_EPS**2)
 
 
-def masked_sum(values: jax.Array, mask: jax.Array) -> Term:
-    mask = mask.astype(jnp.float32)
-    return jnp.sum(values * mask), jnp.sum(mask)
+def sum_by_source(values: jax.Array, source_ids: jax.Array, sources: int) -> jax.Array:
+    """Sums of `values` [B, S] over the places of each data source: float32 [sources]."""
+    # Compare-and-sum fuses; a scatter-add does not on TPU.
+    of_source = source_ids[..., None] == jnp.arange(sources)
+    return jnp.sum(jnp.where(of_source, values.astype(jnp.float32)[..., None], 0.0), axis=(0, 1))
 
 
 def next_token_weights(

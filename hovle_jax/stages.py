@@ -22,7 +22,6 @@ from hovle_jax import losses, model, teacher
 from hovle_jax.config import RunConfig
 from hovle_jax.embedding import image_order, take
 from hovle_jax.errors import UserError
-from hovle_jax.losses import Term
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -37,9 +36,9 @@ class Stage:
     parts: tuple[str, ...]  # top-level parameter subtrees the loss reads; no other is loaded
     teacher: bool
     after: str  # the stage whose result it starts from; '' = none
-    # (params, teacher params, batch, config) -> {term: (sum, weight)}; the loss adds the means
-    terms: Callable[[Params, Params, Batch, RunConfig], dict[str, Term]]
-    # (batch, config) -> {term: weight}, what `terms` will return as weights
+    # (params, teacher params, batch, config) -> {term: float32 [B, S], the loss of every place}
+    terms: Callable[[Params, Params, Batch, RunConfig], dict[str, jax.Array]]
+    # (batch, config) -> {term: float32 [B, S]}; the loss is the sum of the terms' weighted means
     weights: Callable[[Batch, RunConfig], dict[str, jax.Array]]
 
 
@@ -69,15 +68,14 @@ def distill_distances(
 
 def _distill(
     params: Params, teacher_params: Params, batch: Batch, config: RunConfig
-) -> dict[str, Term]:
+) -> dict[str, jax.Array]:
     distance = distill_distances(params, teacher_params, batch, config)
-    masks = distill_masks(batch, config)
-    return {name: losses.masked_sum(distance, mask) for name, mask in masks.items()}
+    return {"image": distance, "text": distance}
 
 
 def _distill_weights(batch: Batch, config: RunConfig) -> dict[str, jax.Array]:
     masks = distill_masks(batch, config)
-    return {name: jnp.sum(mask.astype(jnp.float32)) for name, mask in masks.items()}
+    return {name: mask.astype(jnp.float32) for name, mask in masks.items()}
 
 
 def _shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -85,16 +83,17 @@ def _shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return losses.next_token_weights(*(batch[n] for n in names))
 
 
-def _next_token(params: Params, _: Params, batch: Batch, config: RunConfig) -> dict[str, Term]:
+def _next_token(params: Params, _: Params, batch: Batch, config: RunConfig) -> dict[str, jax.Array]:
     c = config.model
-    targets, weights = _shifted(batch)
+    targets = _shifted(batch)[0]
     hidden = model.hidden(params, batch, c)
-    nll = losses.token_nll(hidden, model.head_kernel(params), targets, c.loss_chunk)
-    return {"next_token": (jnp.sum(nll * weights), jnp.sum(weights))}
+    return {
+        "next_token": losses.token_nll(hidden, model.head_kernel(params), targets, c.loss_chunk)
+    }
 
 
 def _next_token_weights(batch: Batch, _: RunConfig) -> dict[str, jax.Array]:
-    return {"next_token": jnp.sum(_shifted(batch)[1])}
+    return {"next_token": _shifted(batch)[1]}
 
 
 STAGES: dict[str, Stage] = {

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hovle_jax import model, sharding, teacher
+from hovle_jax import losses, model, sharding, teacher
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.optim import make_optimizer, make_schedule
-from hovle_jax.stages import Stage, get_stage
+from hovle_jax.stages import get_stage
 from hovle_jax.tree import flatten, merge, split, unflatten
 
 Params = dict[str, Any]
@@ -92,15 +92,22 @@ def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def make_loss(config: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """(trainable, frozen, teacher params, batch, total weights) -> (loss, {term: its share})."""
+    """(trainable, frozen, teacher params, batch, total weights) -> (loss, its parts).
+
+    Total weights: {term: sum of `Stage.weights`} of the whole batch, of which `batch` may be a
+    part. Parts: {term: share of the loss} and {term/source: weighted losses, [max_sources]}; those
+    of the parts of a batch add up.
+    """
     stage = get_stage(config.stage)
 
     def loss(
-        trainable: Params, frozen: Params, teacher_params: Params, batch: Any, weights: Metrics
+        trainable: Params, frozen: Params, teacher_params: Params, batch: Any, totals: Metrics
     ) -> tuple[jax.Array, Metrics]:
-        terms = stage.terms(merge(frozen, trainable), teacher_params, batch, config)
-        shares = {k: total / jnp.maximum(weights[k], 1e-6) for k, (total, _) in terms.items()}
-        return jnp.sum(jnp.stack(list(shares.values()))), shares
+        values = stage.terms(merge(frozen, trainable), teacher_params, batch, config)
+        weighted = {k: values[k] * w for k, w in stage.weights(batch, config).items()}
+        shares = {k: jnp.sum(x) / jnp.maximum(totals[k], 1e-6) for k, x in weighted.items()}
+        by_source = {f"{k}/source": _by_source(x, batch, config) for k, x in weighted.items()}
+        return jnp.sum(jnp.stack(list(shares.values()))), shares | by_source
 
     return loss
 
@@ -118,8 +125,9 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     ) -> tuple[TrainState, Metrics]:
         # Weights depend on the batch alone, so every micro-batch can divide by the whole's.
         weights = stage.weights(batch, config)
+        totals = jax.tree.map(jnp.sum, weights)
         grads = functools.partial(_gradients, grad_fn, config.optim.accumulate)
-        loss, terms, gradient = grads(state.params, frozen, teacher_params, batch, weights)
+        loss, parts, gradient = grads(state.params, frozen, teacher_params, batch, totals)
         norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -133,8 +141,11 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
             )
             skipped = skipped + (~ok).astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
-        metrics |= {f"loss/{k}": v for k, v in terms.items()}
-        metrics |= _fill(batch, stage, config)
+        for name, weight in weights.items():
+            metrics[f"loss/{name}"] = parts[name]
+            of_source = jnp.maximum(_by_source(weight, batch, config), 1e-6)
+            metrics[f"source/loss/{name}"] = parts[f"{name}/source"] / of_source
+        metrics |= _counts(batch, config)
         return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
     return step
@@ -143,31 +154,43 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
 def _gradients(
     grad_fn: Any, accumulate: int, params: Params, frozen: Params, teach: Params, batch: Any, w: Any
 ) -> tuple[jax.Array, Metrics, Params]:
-    """(loss, terms, gradient) of the whole batch, in `accumulate` parts of its rows."""
+    """(loss, its parts, gradient) of the whole batch, in `accumulate` groups of its rows."""
     if accumulate == 1:
-        (loss, terms), grads = grad_fn(params, frozen, teach, batch, w)
-        return loss, terms, grads
+        (loss, parts), grads = grad_fn(params, frozen, teach, batch, w)
+        return loss, parts, grads
 
-    def part(x: jax.Array) -> jax.Array:
-        # Strided, so that each part keeps its rows on the devices that already hold them.
+    def group(x: jax.Array) -> jax.Array:
+        # Strided, so that each group keeps its rows on the devices that already hold them.
         return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, frozen, teach, micro, w)), None
 
-    parts = jax.tree.map(part, batch)
-    first = jax.eval_shape(grad_fn, params, frozen, teach, jax.tree.map(lambda x: x[0], parts), w)
+    groups = jax.tree.map(group, batch)
+    first = jax.eval_shape(grad_fn, params, frozen, teach, jax.tree.map(lambda x: x[0], groups), w)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    ((loss, terms), grads), _ = jax.lax.scan(add, zeros, parts)
-    return loss, terms, grads
+    ((loss, of_loss), grads), _ = jax.lax.scan(add, zeros, groups)
+    return loss, of_loss, grads
 
 
-def _fill(batch: Any, stage: Stage, config: RunConfig) -> Metrics:
-    """How much of the static shape is real: users tune data.tokens and data.tiles by these."""
+def _by_source(values: jax.Array, batch: Any, config: RunConfig) -> jax.Array:
+    """[max_sources] sums of [B, S]; a batch that names no sources is of the first one."""
+    ids = batch.get("source_ids", jnp.zeros(values.shape, jnp.int32))
+    return losses.sum_by_source(values, ids, config.data.max_sources)
+
+
+def _counts(batch: Any, config: RunConfig) -> Metrics:
+    """How much of the static shape is real: users tune data.tokens and data.tiles by these.
+
+    Names in "source/" are per data source, [max_sources].
+    """
     segments, ids = batch["segment_ids"], batch["input_ids"]
     image_tokens = jnp.sum((ids == config.model.img_context_id) & (segments > 0))
     out = {"tokens": jnp.sum(segments > 0), "tiles": image_tokens // config.model.tokens_per_tile}
     out["token_fill"] = out["tokens"] / segments.size
+    first = (segments > 0) & (batch["position_ids"] == 0)
+    out["source/samples"] = _by_source(first, batch, config)
+    out["source/tokens"] = _by_source(segments > 0, batch, config)
     if "pixels" in batch:
         b, n = batch["pixels"].shape[:2]
         out["tile_fill"] = out["tiles"] / (b * n)

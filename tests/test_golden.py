@@ -161,8 +161,10 @@ def value_and_grad(variant: str):
     run = RunConfig(stage="instruct", model=config)
 
     def loss(params, batch):
-        total, weight = stages.STAGES["instruct"].terms(params, {}, batch, run)["next_token"]
-        return total / weight, (total, weight)
+        stage = stages.STAGES["instruct"]
+        weights = stage.weights(batch, run)["next_token"]
+        total = (stage.terms(params, {}, batch, run)["next_token"] * weights).sum()
+        return total / weights.sum(), (total, weights.sum())
 
     return compiled(jax.value_and_grad(loss, has_aux=True))
 

@@ -107,8 +107,11 @@ SIZE_A, SIZE_B = len(A[0]), len(B[0])
 
 def next_token_loss(params, batch, config) -> jax.Array:
     run = RunConfig(stage="instruct", model=config)
-    total, weight = stages.STAGES["instruct"].terms(params, {}, batch, run)["next_token"]
-    return total / weight
+    stage = stages.STAGES["instruct"]
+    nll, weights = (
+        x["next_token"] for x in (stage.terms(params, {}, batch, run), stage.weights(batch, run))
+    )
+    return (nll * weights).sum() / weights.sum()
 
 
 @functools.cache

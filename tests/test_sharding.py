@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,7 +46,8 @@ def loss_and_gradients(world, stage_name: str, mesh_config: MeshConfig, devices:
             None,
         )
         step = jax.jit(grad, in_shardings=shardings)
-        (loss, _), grads = step(trainable, frozen, teach, batch, stage.weights(batch, config))
+        totals = jax.tree.map(jnp.sum, stage.weights(batch, config))
+        (loss, _), grads = step(trainable, frozen, teach, batch, totals)
     return float(loss), {k: np.asarray(v) for k, v in flatten(grads).items()}
 
 

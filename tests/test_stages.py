@@ -150,6 +150,10 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
+def totals_of(stage, batch, config):
+    return jax.tree.map(jnp.sum, stage.weights(batch, config))
+
+
 @functools.cache
 def distill_of(loc: str):
     """(params, teacher params, batch) -> ((loss, {term: mean}), gradients by both params).
@@ -159,8 +163,9 @@ def distill_of(loc: str):
     config = run_config("distill", loc)
 
     def loss(params, teacher_params, batch):
-        weights = DISTILL.weights(batch, config)
-        return train_step.make_loss(config)(params, {}, teacher_params, batch, weights)
+        totals = totals_of(DISTILL, batch, config)
+        loss, parts = train_step.make_loss(config)(params, {}, teacher_params, batch, totals)
+        return loss, {name: parts[name] for name in totals}
 
     return compiled(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
@@ -225,9 +230,9 @@ def test_table_is_no_parameter_of_stage_one():
     config = run_config("distill")
     trainable, frozen = split(embedding_only(), train_step.trainable_regex(config))
     assert set(flatten(frozen)) == {"embedding/text/table"}
-    weights = DISTILL.weights(make_batch(), config)
     loss = train_step.make_loss(config)
-    args = trainable, frozen, teacher_params(), make_batch(), weights
+    totals = totals_of(DISTILL, make_batch(), config)
+    args = trainable, frozen, teacher_params(), make_batch(), totals
     shapes, _ = jax.eval_shape(jax.grad(loss, has_aux=True), *args)
     assert set(flatten(shapes)) == set(flatten(trainable))
     assert not any(path.startswith("embedding/text") for path in flatten(shapes))
@@ -300,24 +305,36 @@ def test_cosine_distance():
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)
-def test_weights_equal_the_terms_weights(stage):
+def test_every_term_has_a_weight_for_every_place(stage):
     config = run_config(stage)
     row = stages.STAGES[stage]
     batch = make_batch()
     weights = row.weights(batch, config)
-    # The terms' own weights depend on the batch alone: no need to run the model for them.
-    terms = compiled(lambda p, t: {k: w for k, (_, w) in row.terms(p, t, batch, config).items()})
-    found = terms(all_params(), teacher_params())
-    assert set(weights) == set(found)
-    for name, weight in weights.items():
-        assert 0 < float(weight) == pytest.approx(float(found[name]), rel=1e-6)
+    values = jax.eval_shape(
+        lambda p, t: row.terms(p, t, batch, config), all_params(), teacher_params()
+    )
+    shape = batch["input_ids"].shape
+    assert {k: v.shape for k, v in values.items()} == {k: shape for k in weights}
+    totals = {k: float(v) for k, v in totals_of(row, batch, config).items()}
     if stage == "distill":
-        assert {k: float(v) for k, v in weights.items()} == {"image": NUM_IMAGE, "text": NUM_TEXT}
+        assert totals == {"image": NUM_IMAGE, "text": NUM_TEXT}
     else:
         # All weighted tokens but the first of each segment: nothing before it predicts it.
         w = batch["loss_weight"]
         expected = w.sum() - w[0, 10] - w[1, 0]
-        assert float(weights["next_token"]) == pytest.approx(expected, rel=1e-6)
+        assert totals["next_token"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_losses_of_the_sources_add_up_to_the_loss():
+    config, batch = run_config("distill"), make_batch()
+    batch = batch | {"source_ids": np.where(batch["segment_ids"] == 1, 5, 2).astype(np.int32)}
+    totals = totals_of(DISTILL, batch, config)
+    args = embedding_only(), {}, teacher_params(), batch, totals
+    _, parts = compiled(train_step.make_loss(config))(*args)
+    for name in ("image", "text"):
+        of_source = np.asarray(parts[f"{name}/source"])
+        assert set(np.flatnonzero(of_source)) == {5, 2}
+        assert of_source.sum() / float(totals[name]) == pytest.approx(float(parts[name]), rel=1e-5)
 
 
 def test_align_trains_the_module_through_the_frozen_decoder():
@@ -329,8 +346,8 @@ def test_align_trains_the_module_through_the_frozen_decoder():
     row = stages.STAGES["align"]
     trainable, frozen = split(all_params(), row.trainable)
     run = compiled(jax.value_and_grad(train_step.make_loss(config), has_aux=True))
-    (loss, shares), grads = run(trainable, frozen, {}, batch, row.weights(batch, config))
-    assert set(shares) == {"next_token"}
+    (loss, parts), grads = run(trainable, frozen, {}, batch, totals_of(row, batch, config))
+    assert float(parts["next_token"]) == float(loss)
     logits = compiled(functools.partial(model.apply, config=config.model))(all_params(), batch)
     nll = -np.asarray(jax.nn.log_softmax(logits["logits"], axis=-1))
     total = weight = 0.0
@@ -352,8 +369,8 @@ def test_a_term_without_places_is_zero():
     batch = make_batch()
     segments = np.where(batch["input_ids"] < 88, batch["segment_ids"], 0)
     batch = batch | {"segment_ids": segments}
-    weights = DISTILL.weights(batch, config)
-    assert float(weights["image"]) == 0 and float(weights["text"]) == NUM_TEXT
+    totals = totals_of(DISTILL, batch, config)
+    assert float(totals["image"]) == 0 and float(totals["text"]) == NUM_TEXT
     (loss, means), grads = distill_of("pre")(embedding_only(), teacher_params(), batch)
     assert float(means["image"]) == 0
     assert float(loss) == float(means["text"]) > 0

@@ -203,8 +203,9 @@ class Verifier:
             count = jnp.sum(weight[:, 1:])
 
             def mean(params: Any) -> jax.Array:
-                total, _ = stages.STAGES["instruct"].terms(params, {}, b, run)["next_token"]
-                return total / count
+                stage = stages.STAGES["instruct"]
+                nll = stage.terms(params, {}, b, run)["next_token"]
+                return jnp.sum(nll * stage.weights(b, run)["next_token"]) / count
 
             return jax.value_and_grad(mean)(params) if with_grad else (mean(params), None)
 
