@@ -29,30 +29,37 @@ TOKEN_WEIGHTS: dict[str, Callable[[int], float]] = {
 def best_fit(lengths: Sequence[tuple[int, int]], tokens: int, tiles: int) -> list[list[int]]:
     """Rows of sample numbers; each row holds at most `tokens` and `tiles`, and keeps their order.
 
-    lengths: (tokens, tiles) per sample. Samples are placed by how much of a row they take of the
-    limit they press hardest (by tokens alone, rows of many small pictures fill badly), each where
-    it leaves the fewest tokens free.
+    lengths: (tokens, tiles) per sample. The size of a sample is what it takes of both limits
+    together (by tokens alone, rows of many small pictures fill badly); the largest is placed first,
+    each where it leaves the least. Rows come in the stream order of their largest samples, so a
+    window does not begin with all its long documents.
+
+    Raises:
+      UserError: a sample that fits no row.
     """
+    # In units of 1 / (tokens * tiles), so that sizes are whole numbers, the same on every machine.
+    sizes = [t * max(tiles, 1) + k * tokens for t, k in lengths]
     rows: list[list[int]] = []
-    free = np.zeros((len(lengths), 2), np.int64)
-
-    def size(i: int) -> float:
-        return max(lengths[i][0] / tokens, lengths[i][1] / tiles if tiles else 0.0)
-
-    for i in sorted(range(len(lengths)), key=lambda i: (-size(i), i)):
-        need = np.array(lengths[i])
-        if need[0] > tokens or need[1] > tiles:
-            raise UserError(f"a sample of {need[0]} tokens and {need[1]} tiles fits no row")
-        left = free[: len(rows)] - need
-        fits = np.flatnonzero((left >= 0).all(axis=1))
-        if len(fits):
-            row = int(fits[np.argmin(left[fits, 0])])
-            free[row] = left[row]
-            rows[row].append(i)
+    free: list[tuple[int, int]] = []
+    # (size left, row), ascending: what a sample leaves is least in the first row that holds it.
+    room: list[tuple[int, int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-sizes[i], i)):
+        t, k = lengths[i]
+        if t > tokens or k > tiles:
+            raise UserError(f"a sample of {t} tokens and {k} tiles fits no row")
+        at = bisect.bisect_left(room, (sizes[i], 0))
+        while at < len(room) and (free[room[at][1]][0] < t or free[room[at][1]][1] < k):
+            at += 1
+        if at < len(room):
+            left, row = room.pop(at)
         else:
-            free[len(rows)] = (tokens, tiles) - need
-            rows.append([i])
-    return [sorted(row) for row in rows]
+            left, row = tokens * (max(tiles, 1) + tiles), len(rows)
+            rows.append([])
+            free.append((tokens, tiles))
+        rows[row].append(i)
+        free[row] = (free[row][0] - t, free[row][1] - k)
+        bisect.insort(room, (left - sizes[i], row))
+    return [sorted(row) for row in sorted(rows)]
 
 
 class Plan:
