@@ -26,7 +26,10 @@ def open_image(ref: str | bytes, where: str) -> Image.Image:
     """
     try:
         with Image.open(_source(ref)) as image:
-            return image.convert("RGB")
+            if image.mode != "RGB":
+                return image.convert("RGB")
+            image.load()  # `convert` would copy the pixels
+            return image
     except _DECODE_ERRORS as e:
         raise _image_error(ref, where, e) from e
 
@@ -140,10 +143,11 @@ def tile_image(
       UserError: not 1 <= min_tiles <= max_tiles.
     """
     cols, rows = choose_grid(image.width, image.height, image_size, min_tiles, max_tiles)
+    extra = int(thumbnail and cols * rows > 1)
+    tiles = np.empty((cols * rows + extra, image_size, image_size, 3), np.uint8)
     pixels = np.asarray(resize(image, cols * image_size, rows * image_size))
-    tiles = pixels.reshape(rows, image_size, cols, image_size, 3).swapaxes(1, 2)
-    tiles = tiles.reshape(rows * cols, image_size, image_size, 3)
-    if thumbnail and len(tiles) > 1:
-        whole = np.asarray(resize(image, image_size, image_size))
-        tiles = np.concatenate([tiles, whole[None]])
+    pixels = pixels.reshape(rows, image_size, cols, image_size, 3).swapaxes(1, 2)
+    tiles[: cols * rows].reshape(pixels.shape)[...] = pixels
+    if extra:
+        tiles[-1] = np.asarray(resize(image, image_size, image_size))
     return tiles
