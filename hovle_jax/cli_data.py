@@ -57,6 +57,25 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     )
     convert.add_argument("--json", default="", metavar="FILE", help="a copy of the manifest")
 
+    tokenize = add(
+        "tokenize",
+        _tokenize,
+        "Text of stage I -> memory-mapped token ids; a kill costs one shard.",
+        "hovle data tokenize SlimPajama/train tokens/ --tokenizer internlm2-1_8b --workers 96",
+    )
+    tokenize.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=".txt or .jsonl (also .gz, .zst), .parquet: files, globs, directories",
+    )
+    tokenize.add_argument("out", metavar="OUT_DIR")
+    tokenize.add_argument("--tokenizer", required=True, metavar="DIR")
+    tokenize.add_argument("--workers", type=int, default=0, help="processes; 0 = this one")
+    tokenize.add_argument("--key", default="text", help="field or column of the text")
+    tokenize.add_argument("--max-rejects", type=float, default=0.01, help="fraction of all rows")
+    tokenize.add_argument("--shard-tokens", type=int, default=2**27)
+
     tile = add(
         "tile",
         _tile,
@@ -137,6 +156,26 @@ def _convert(args: argparse.Namespace, rest: list[str], load_config: Load) -> in
         print(f"{name}: {sum(s['records'] for s in part['shards'])} records")
     if args.json:
         Path(args.json).write_text(json.dumps(manifest, indent=2) + "\n")
+    return 0
+
+
+def _tokenize(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    del load_config  # no config, so nothing to override
+    _no_overrides(rest)
+    from hovle_jax.data.tokenize_text import tokenize_text
+    from hovle_jax.data.tokenizer import Tokenizer
+
+    manifest = tokenize_text(
+        args.inputs,
+        args.out,
+        Tokenizer.load(args.tokenizer),
+        shard_tokens=args.shard_tokens,
+        workers=args.workers,
+        max_rejects=args.max_rejects,
+        key=args.key,
+    )
+    counts = [f"{manifest[key]:,} {key}" for key in ("tokens", "documents", "rejects")]
+    print(", ".join(counts))
     return 0
 
 
