@@ -198,7 +198,7 @@ class DataConfig:
 
     meta: str = ""  # InternVL meta.json: the conversations of stages II and III
     images: tuple[str, ...] = ()  # image folders: the unpaired images of stage I
-    text: str = ""  # stage I text file (txt or jsonl); '' = uniformly random token ids
+    text: str = ""  # stage I: token shards, or a txt or jsonl file; '' = uniformly random ids
     text_ratio: float = 1.0  # stage I: text tokens per image token
     tokenizer: str = ""  # directory with tokenizer.model and added_tokens.json
     template: str = "internlm2-chat"
@@ -211,6 +211,8 @@ class DataConfig:
     thumbnail: bool = True
     window: int = 256  # samples packed together; larger fills rows better
     max_sources: int = 64  # most data sources of a run; fixes the shape of per-source metrics
+    too_long: str = "error"  # a record that no row can hold: error | cut (whole turns) | drop
+    holdout: int = 0  # every n-th record of each source is kept for evaluation; 0 = none
     max_bad: float = 0.0  # fraction of unreadable records that are left out and not an error
     index: str = ""  # directory of measured lengths, for runs that share data; '' = WORKDIR/index
     workers: int = 0  # grain worker processes; 0 = threads of this process
@@ -219,6 +221,9 @@ class DataConfig:
         for name in ("rows", "tokens", "window"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1")
+        _one_of("data.too_long", self.too_long, ("error", "cut", "drop"))
+        if self.holdout < 0 or self.holdout == 1:
+            raise UserError("data.holdout must be 0, or at least 2")
 
 
 @dataclass(frozen=True)

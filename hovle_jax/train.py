@@ -95,7 +95,7 @@ def train(
         log = MetricLog(workdir / "metrics.jsonl", int(state.step))
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
         place = sharding.batch_sharding(mesh)
-        reporter = _Reporter(log, None if quiet else progress)
+        reporter = _Reporter(log, None if quiet else progress, pipeline.names)
         with _sigterm() as terminated:
             for step in range(int(state.step) + 1, config.steps + 1):
                 begin = time.monotonic()
@@ -137,6 +137,10 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "data.rows",
         "data.workers",
         "data.index",
+        "data.meta",  # the cursor knows its sources by name: another mixture goes on from it
+        "data.images",
+        "data.max_bad",
+        "data.max_sources",
         "model.remat",
         "model.attention",
         "model.loss_chunk",
@@ -166,6 +170,7 @@ def _start(
         shapes = jax.tree.map(with_sharding, state_shapes(config), shardings)
         state, cursor = checkpoints.restore(step, shapes)
         frozen = open_stored(workdir).read(placed(config, frozen_shapes, mesh))
+        write_config(workdir, config)
         return state, unflatten(frozen), cursor
     params = initial_params(config, stage, mesh)
     trainable, frozen = split(params, trainable_regex(config))
@@ -187,8 +192,8 @@ def _to_device(batch: HostBatch, where: jax.sharding.NamedSharding) -> dict[str,
 class _Reporter:
     """Reads the metrics of a step only after the next one is under way."""
 
-    def __init__(self, log: MetricLog, progress: Progress | None):
-        self._log, self._progress = log, progress
+    def __init__(self, log: MetricLog, progress: Progress | None, sources: Sequence[str]):
+        self._log, self._progress, self._sources = log, progress, sources
         self._pending: tuple[int, Any, float, int] | None = None
         self._last: dict[str, float] = {}
         self._clock = time.monotonic()
@@ -206,10 +211,11 @@ class _Reporter:
         if self._pending is None:
             return
         step, metrics, waited, bad = self._pending
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        row = {"step": step} | values | {"step_seconds": seconds, "data_wait_seconds": waited}
+        row = {"step": step} | self._named(values)
+        row |= {"step_seconds": seconds, "data_wait_seconds": waited}
         row["tokens_per_second"] = values["tokens"] / seconds
         row["bad_samples"] = bad
         self._log.write(row)
@@ -217,6 +223,15 @@ class _Reporter:
         if self._progress is not None:
             text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
             self._progress.update(step, text)
+
+    def _named(self, values: dict[str, Any]) -> dict[str, float]:
+        """Per-source vectors "source/WHAT" as "source/NAME/WHAT"; of sources in this batch."""
+        row = {k: v for k, v in values.items() if not k.startswith("source/")}
+        for number, name in enumerate(self._sources):
+            if values["source/samples"][number]:
+                for key in values.keys() - row.keys():
+                    row[key.replace("source/", f"source/{name}/")] = values[key][number]
+        return row
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from hovle_jax.cli import main
 from hovle_jax.config import IGNORE, DataConfig
 from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.pack import Plan, assemble, best_fit
-from hovle_jax.data.pipeline import Pipeline, Stream
-from hovle_jax.data.samples import Sample
+from hovle_jax.data.pipeline import Pipeline
+from hovle_jax.data.samples import Length, Sample
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.stages import get_stage
@@ -119,19 +119,6 @@ def test_worker_processes_change_nothing(world):
     assert all(same(a, b) and c == d for (a, c), (b, d) in zip(threads, workers, strict=True))
 
 
-def test_every_record_is_seen_once_per_epoch_in_a_new_order():
-    stream = Stream([10], [1.0], seed=5)
-    epochs = [[stream[10 * e + i][1] for i in range(10)] for e in range(3)]
-    assert all(sorted(e) == list(range(10)) for e in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_sources_are_mixed_by_weight():
-    stream = Stream([100, 7], [3.0, 1.0], seed=0)
-    share = np.mean([stream[n][0] for n in range(4000)])
-    assert abs(share - 0.25) < 0.005
-
-
 def test_stage_1_rows_hold_images_and_random_text_in_both_orders(world):
     batch, _ = next(make(world, "distill").batches())
     c = world.model
@@ -177,11 +164,11 @@ class Counting:
     def fingerprint(self) -> tuple[str, ...]:
         return (self.version,)
 
-    def measure(self, i: int) -> tuple[int, int]:
+    def measure(self, i: int) -> Length:
         Counting.measured += 1
-        return 10 + i, i % 3
+        return Length(10 + i, i % 3)
 
-    def sample(self, i: int, draw: int):
+    def sample(self, i: int, seen: int):
         raise AssertionError("measuring reads no sample")
 
 

@@ -36,7 +36,7 @@ def pipeline(world, tokenizer) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def batch(world, pipeline) -> list:
-    return inspect.batch_at(world.config("instruct"), pipeline, "square", 3)
+    return inspect.batch_at(world.config("instruct"), pipeline, 3)
 
 
 def pack(world, *samples: Sample, tokens: int = 40, tiles: int = 3) -> dict[str, np.ndarray]:
@@ -134,12 +134,12 @@ def test_rows_are_those_of_the_batches(world, pipeline, batch):
     for r, (row, _) in enumerate(batch):
         assert all(np.array_equal(row[k], expected[k][r]) for k in expected)
     config = world.config("instruct")
-    [(row, origins)] = inspect.batch_at(config, pipeline, "square", 3, 5)
+    [(row, origins)] = inspect.batch_at(config, pipeline, 3, 5)
     assert np.array_equal(row["input_ids"], batch[5][0]["input_ids"]) and origins == batch[5][1]
     with pytest.raises(UserError, match="steps count from 1"):
-        inspect.batch_at(config, pipeline, "square", 0)
+        inspect.batch_at(config, pipeline, 0)
     with pytest.raises(UserError, match="rows 0 to 7"):
-        inspect.batch_at(config, pipeline, "square", 1, 8)
+        inspect.batch_at(config, pipeline, 1, 8)
 
 
 def test_a_row_says_what_is_in_it(world, tokenizer, batch):

@@ -34,6 +34,7 @@ ORDER = [
     "data.samples",
     "data.index",
     "data.pack",
+    "data.mixture",
     "data.pipeline",
     "data.draw",
     "data.inspect",

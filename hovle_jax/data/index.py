@@ -7,13 +7,16 @@ same run opens the file and goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,55 +61,104 @@ class Lengths:
 
 
 def lengths_of(
-    source: SampleSource, data: DataConfig, directory: Path | None, *, quiet: bool = False
+    source: SampleSource,
+    data: DataConfig,
+    directory: Path | None,
+    *,
+    quiet: bool = False,
+    workers: int = 0,
 ) -> Lengths:
-    """(tokens, tiles) of every record; (0, 0) of one that cannot be read and is left out.
+    """(tokens, tiles) of every record; (0, 0) of one that is left out.
 
-    `directory` keeps what was measured (None: measured at every start). Row limits are no part of
-    the fingerprint: changing config.data.tokens measures nothing again.
+    `directory` keeps what was measured (None: measured at every start), by `workers` processes
+    (0: this one). Row limits are no part of the fingerprint unless records are fitted to them
+    (config.data.too_long): changing config.data.tokens measures nothing again.
 
     Raises:
       UserError: more records than config.data.max_bad that cannot be read, or one that no row can
         hold.
     """
-    path = None if directory is None else directory / _file_name(source)
-    if path is None:
-        table, bad = _measure(source, quiet=quiet, most=data.max_bad)
-        lengths = Lengths(table)
+    if directory is None:
+        measured = _measure(source, quiet=quiet, most=data.max_bad, workers=workers)
+        lengths, bad, cut = Lengths(measured.table), measured.rejects, measured.cut
     else:
-        rejects = path.with_suffix(".rejects.jsonl")
-        if path.is_file():
-            bad = [json.loads(line)["reason"] for line in rejects.read_text().splitlines()]
-        else:
-            table, bad = _measure(source, quiet=quiet, most=data.max_bad)
-            _save(path, rejects, table, bad)
-        lengths = Lengths(path)
+        path = directory / _file_name(source)
+        if not path.is_file():
+            _save(path, _measure(source, quiet=quiet, most=data.max_bad, workers=workers))
+        lengths, bad, cut = Lengths(path), *(_read_lines(path, kind) for kind in _LISTS)
     _check_bad(source, bad, data.max_bad)
+    if cut and not quiet:
+        where = "" if directory is None else f"; all in {path.with_suffix('.cut.jsonl')}"
+        print(f"{source.name}: {len(cut)} records are too long for a row ({cut[0]}{where})")
     over = lengths.first_over(data.tokens, data.tiles)
     if over is not None:
         raise UserError(
             f"{source.name}: record {over + 1} has {lengths[over][0]} tokens and "
             f"{lengths[over][1]} tiles; a row holds {data.tokens} and {data.tiles} "
-            "(config.data.tokens, config.data.tiles)"
+            "(config.data.tokens, config.data.tiles; or see config.data.too_long)"
         )
     return lengths
 
 
-def _measure(source: SampleSource, *, quiet: bool, most: float) -> tuple[np.ndarray, list[str]]:
-    """(table of `Lengths`, why records were rejected). Stops as soon as there are too many."""
-    table = np.zeros((len(source) + 1, 2), np.int32)
-    bad: list[str] = []
+class _Measured(NamedTuple):
+    table: np.ndarray  # of `Lengths`
+    rejects: list[str]  # why records were rejected
+    cut: list[str]  # what was left out of records longer than a row
+
+
+_LISTS = ("rejects", "cut")
+_CHUNK = 4096  # records a worker measures at a time
+
+
+def _measure(source: SampleSource, *, quiet: bool, most: float, workers: int) -> _Measured:
+    """Stops as soon as there are too many bad ones. The same for any number of workers."""
+    measured = _Measured(np.zeros((len(source) + 1, 2), np.int32), [], [])
     progress = Progress(f"measuring {source.name}", len(source), every=100_000)
-    for i in range(len(source)):
+    starts = range(0, len(source), _CHUNK)
+    with contextlib.ExitStack() as stack:
+        parts: Iterable[_Measured] = (_measure_part(source, start) for start in starts)
+        if workers:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(
+                context.Pool(workers, initializer=_set_source, initargs=(source,))
+            )
+            parts = pool.imap(_measure_in_worker, starts)
+        for start, part in zip(starts, parts, strict=True):
+            measured.table[start : start + len(part.table)] = part.table
+            measured.rejects.extend(part.rejects)
+            measured.cut.extend(part.cut)
+            _check_bad(source, measured.rejects, most)
+            if not quiet:
+                progress.update(start + len(part.table))
+    measured.table[-1] = measured.table.max(axis=0)
+    return measured
+
+
+def _measure_part(source: SampleSource, start: int) -> _Measured:
+    stop = min(start + _CHUNK, len(source))
+    part = _Measured(np.zeros((stop - start, 2), np.int32), [], [])
+    for i in range(start, stop):
         try:
-            table[i] = source.measure(i)
+            length = source.measure(i)
         except UserError as reason:
-            bad.append(str(reason))
-            _check_bad(source, bad, most)
-        if not quiet:
-            progress.update(i + 1)
-    table[-1] = table.max(axis=0)
-    return table, bad
+            part.rejects.append(str(reason))
+            continue
+        part.table[i - start] = length.tokens, length.tiles
+        if length.cut:
+            part.cut.append(length.cut)
+    return part
+
+
+_source: SampleSource  # of a worker process
+
+
+def _set_source(source: SampleSource) -> None:
+    global _source
+    _source = source
+
+
+def _measure_in_worker(start: int) -> _Measured:
+    return _measure_part(_source, start)
 
 
 def _check_bad(source: SampleSource, bad: Sequence[str], most: float) -> None:
@@ -127,17 +179,22 @@ def _file_name(source: SampleSource) -> str:
     return f"{readable}-{digest.hexdigest()[:16]}.npy"
 
 
-def _save(path: Path, rejects: Path, table: np.ndarray, bad: Sequence[str]) -> None:
-    """In one piece: hosts that share the directory may all write it."""
+def _save(path: Path, measured: _Measured) -> None:
+    """In one piece, the table last: hosts that share the directory may all write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"reason": reason}) + "\n" for reason in bad)
-    for target, content in ((rejects, lines.encode()), (path, _npy(table))):
+    table = io.BytesIO()
+    np.save(table, measured.table)
+    contents = {path.with_suffix(f".{k}.jsonl"): _lines(getattr(measured, k)) for k in _LISTS}
+    for target, content in (contents | {path: table.getvalue()}).items():
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(content)
         os.replace(temporary, target)
 
 
-def _npy(table: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, table)
-    return buffer.getvalue()
+def _lines(reasons: Sequence[str]) -> bytes:
+    return "".join(json.dumps({"reason": reason}) + "\n" for reason in reasons).encode()
+
+
+def _read_lines(path: Path, kind: str) -> list[str]:
+    lines = path.with_suffix(f".{kind}.jsonl").read_text().splitlines()
+    return [json.loads(line)["reason"] for line in lines]

@@ -21,7 +21,7 @@ from hovle_jax.data import draw, image
 from hovle_jax.data.chat import encode_prompt
 from hovle_jax.data.draw import Chunk, SegmentView, draw_stats
 from hovle_jax.data.draw import stats_text as stats_text  # beside the other texts for callers
-from hovle_jax.data.pipeline import START, HostBatch, Pipeline, Rows
+from hovle_jax.data.pipeline import HostBatch, Pipeline
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
@@ -229,7 +229,7 @@ def run_prompt(
 
 
 def batch_at(
-    config: RunConfig, pipeline: Pipeline, weights: str, step: int, row: int | None = None
+    config: RunConfig, pipeline: Pipeline, step: int, row: int | None = None
 ) -> list[tuple[HostBatch, list[Report]]]:
     """(arrays, origins) of every row of a global batch; only of its `row`-th (from 0) if given.
 
@@ -238,9 +238,6 @@ def batch_at(
     Steps count from 1, as in the metrics, from the beginning of a run whose config.data.rows never
     changed. The plan of every window before the step is made again, which reads lengths but no
     image: O(step) work, then that of the rows asked for.
-
-    Args:
-      weights: What an answer token counts (`pack.TOKEN_WEIGHTS`), the stage's.
 
     Raises:
       UserError: no such step or row, or a record that cannot be read.
@@ -251,16 +248,17 @@ def batch_at(
     if row is not None and not 0 <= row < per_step:
         raise UserError(f"--row {row}: a batch has rows 0 to {per_step - 1} (config.data.rows)")
     wanted = range(per_step) if row is None else [row]
-    read, plan = Rows(config, pipeline, START, weights), pipeline.plan(START)
+    reader, _ = pipeline.reader()
+    plan = reader.plan()
     found = []
     for number in wanted:
         at = (step - 1) * per_step + number
         origins = []
         for place in plan[at]:
-            source, record = pipeline.stream[place]
-            name = pipeline.sources[source].name
+            source, record = reader.origin(place)
+            name = pipeline.names[source]
             origins.append({"source": name, "record": record + 1, "draw": place})
-        found.append((read(at), origins))
+        found.append((reader.row(plan[at]), origins))
     return found
 
 
@@ -420,7 +418,7 @@ def run_inspect(
       weights: The stage's token weights.
     """
     tokenizer, pipeline = _open(config, kind, weights)
-    arrays, origins = batch_at(config, pipeline, weights, step, row)[0]
+    arrays, origins = batch_at(config, pipeline, step, row)[0]
     report, chunks = _row_report(arrays, tokenizer, config.model.tokens_per_tile, origins)
     report = {"stage": config.stage, "step": step, "row": row, **report}
     title = f"{config.stage}: step {step}, row {row} of 0 to {config.data.rows - 1}"
@@ -455,12 +453,13 @@ def stats_report(pipeline: Pipeline, data: DataConfig, windows: int = 4) -> Repo
         about = {"name": source.name, "records": len(lengths), "looked_at": count}
         spreads = {what: _spread(looked[:, k]) for k, what in enumerate(("tokens", "tiles"))}
         sources.append(about | spreads)
-    origins = [pipeline.stream[n] for n in range(windows * data.window)]
-    drawn = np.array([pipeline.lengths[source][record] for source, record in origins])
-    plan = pipeline.plan(START)
+    reader, _ = pipeline.reader()
+    places = range(windows * data.window)
+    drawn = np.array([reader.length(n) for n in places])
+    plan = reader.plan()
     rows = [np.array(r) for w in range(windows) for r in plan.rows(w)]
     fills = np.array([drawn[r].sum(axis=0) for r in rows]) / (data.tokens, max(data.tiles, 1))
-    names = [pipeline.sources[source].name for source, _ in origins]
+    names = [pipeline.names[reader.origin(n)[0]] for n in places]
     planned = {
         "windows": windows,
         "samples": len(drawn),

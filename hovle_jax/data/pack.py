@@ -76,8 +76,10 @@ class Plan:
         tokens: int,
         tiles: int,
         start: tuple[int, int] = (0, 0),
+        stop: int | None = None,
     ):
-        """`length` gives (tokens, tiles) of the n-th sample of the stream."""
+        """`length` gives (tokens, tiles) of the n-th sample of the stream, which ends at `stop`."""
+        self._stop = stop
         self._length, self._window = length, window
         self._tokens, self._tiles = tokens, tiles
         # First row number of each window known so far; windows are visited in order.
@@ -99,7 +101,9 @@ class Plan:
             rows = self._cache.get(window)
             if rows is None:
                 base = window * self._window
-                lengths = [self._length(base + i) for i in range(self._window)]
+                end = base + self._window
+                end = end if self._stop is None else min(end, self._stop)
+                lengths = [self._length(n) for n in range(base, end)]
                 packed = best_fit(lengths, self._tokens, self._tiles)
                 rows = [[base + i for i in row] for row in packed]
                 self._cache[window] = rows
@@ -118,13 +122,25 @@ class Plan:
                     return self._window0 + k, offset
                 self._firsts.append(self._firsts[k] + len(rows))
 
+    def count(self) -> int:
+        """Rows of a stream that ends."""
+        assert self._stop is not None
+        with self._lock:
+            while (known := len(self._firsts) - 1) < -(-self._stop // self._window):
+                self._firsts.append(self._firsts[-1] + len(self.rows(self._window0 + known)))
+            return self._firsts[-1]
+
     def __getitem__(self, row: int) -> list[int]:
+        """Places of a row's samples; none past the end of the stream."""
+        if self._stop is not None and row >= self.count():
+            return []
         window, offset = self.locate(row)
         return self.rows(window)[offset]
 
 
 def assemble(
     samples: Sequence[Sample],
+    sources: Sequence[int] | None = None,
     *,
     tokens: int,
     tiles: int,
@@ -134,23 +150,27 @@ def assemble(
 ) -> dict[str, np.ndarray]:
     """Samples -> one static row (the batch of hovle_jax.model, without its leading axis).
 
-    Segments count from 1, positions restart in each, padding is segment 0.
+    Segments count from 1, positions restart in each, padding is segment 0. `sources`: the number
+    of the data source of each sample (0 by default).
     """
+    sources = [0] * len(samples) if sources is None else sources
     row: dict[str, np.ndarray] = {
         "input_ids": np.full(tokens, pad_id, np.int32),
         "segment_ids": np.zeros(tokens, np.int32),
         "position_ids": np.zeros(tokens, np.int32),
+        "source_ids": np.zeros(tokens, np.int32),
         "labels": np.full(tokens, IGNORE, np.int32),
         "loss_weight": np.zeros(tokens, np.float32),
         "pixels": np.zeros((tiles, image_size, image_size, 3), np.uint8),
     }
     token = tile = 0
-    for segment, sample in enumerate(samples, start=1):
+    for segment, (sample, source) in enumerate(zip(samples, sources, strict=True), start=1):
         n, predicted = len(sample.ids), sample.labels >= 0
         place = slice(token, token + n)
         row["input_ids"][place] = sample.ids
         row["segment_ids"][place] = segment
         row["position_ids"][place] = np.arange(n)
+        row["source_ids"][place] = source
         row["labels"][place] = sample.labels
         if predicted.any():
             weight = TOKEN_WEIGHTS[weights](int(predicted.sum()))

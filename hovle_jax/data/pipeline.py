@@ -1,16 +1,21 @@
 """Sources -> mixed stream -> packed rows -> batches, as a pure function of (seed, cursor).
 
-    sample sources --grain shuffle, repeat, mix--> stream of (source, record)
-      --pack.Plan over measured lengths--> rows --grain map, batch--> host batches
+    sample sources --mixture.Stream--> draws --pack.Plan over measured lengths--> rows
+      --grain map, batch--> host batches
 
-The cursor is two integers, the same for any number of hosts and workers.
+The cursor is the window, the row in it and the mixture's phases: a few integers per source, the
+same for any number of hosts and workers.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,9 @@ import numpy as np
 from absl import flags
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data.index import lengths_of
+from hovle_jax.data import image
+from hovle_jax.data.index import Lengths, lengths_of
+from hovle_jax.data.mixture import Draw, Phase, Stream, phases_from
 from hovle_jax.data.pack import Plan, assemble
 from hovle_jax.data.readers import ImageFolder, TextLines
 from hovle_jax.data.samples import (
@@ -30,24 +37,25 @@ from hovle_jax.data.samples import (
     check_tokenizer,
 )
 from hovle_jax.data.sources import open_meta
+from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 
-Cursor = dict[str, int]
-START: Cursor = {"window": 0, "row": 0}
+Cursor = dict[str, Any]
+START: Cursor = {"window": 0, "row": 0, "mixture": []}
 HostBatch = dict[str, np.ndarray]
 
 
 def open_sources(
     config: RunConfig, kind: str, tokenizer: Tokenizer
 ) -> tuple[list[SampleSource], list[float]]:
-    """The stage's sample sources and how often each is drawn, relative to the others."""
+    """The stage's sample sources and how many samples each gives, relative to the others."""
     data, model = config.data, config.model
     check_tokenizer(tokenizer, model)
     if kind == "unpaired":
         if not data.images:
             raise UserError(f"config.data.images: stage {config.stage!r} needs image folders")
-        text = TextLines("text", data.text) if data.text else None
+        text = _open_text(data.text, tokenizer)
         folders = [ImageFolder(path, path) for path in data.images]
         sources: list[SampleSource] = [
             UnpairedImages(f, text, tokenizer, model, data, config.seed) for f in folders
@@ -60,85 +68,136 @@ def open_sources(
     return sources, [len(e.source) * e.repeat for e in entries]
 
 
-class Stream:
-    """The endless mixed stream: n -> (source, record). A fresh permutation in every epoch."""
-
-    def __init__(self, sizes: list[int], weights: list[float], seed: int):
-        parts = [
-            grain.MapDataset.range(size)
-            .seed(seed + 7919 * k)
-            .shuffle()
-            .repeat()
-            .map(functools.partial(_tag, k))
-            for k, size in enumerate(sizes)
-        ]
-        total = sum(weights)
-        self._mixed = grain.MapDataset.mix(parts, [w / total for w in weights])
-
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        return self._mixed[n]
+def _open_text(path: str, tokenizer: Tokenizer) -> TextLines | TokenShards | None:
+    if os.path.isdir(path):
+        return TokenShards(path, tokenizer)
+    return TextLines("text", path) if path else None
 
 
-def _tag(source: int, record: Any) -> tuple[int, int]:
-    return source, int(record)
+class Split:
+    """The part of a source's records that a run trains on, or that it holds out.
+
+    Every `holdout`-th record is held out, whatever the seed, so that no run of the same data ever
+    trains on it.
+    """
+
+    def __init__(self, size: int, holdout: int, held: bool = False):
+        self._every, self._held = holdout, held
+        out = size // holdout if holdout else 0
+        self._size = out if held else size - out
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> int:
+        """Number of the part's i-th record in the source."""
+        if self._held:
+            return (i + 1) * self._every - 1
+        return i + i // (self._every - 1) if self._every else i
 
 
-class Rows:
-    """Row number -> assembled row; what grain's workers run."""
+class OnePass:
+    """[n] -> `Draw`: every record of every source once, in order."""
 
-    def __init__(self, config: RunConfig, pipeline: Pipeline, start: Cursor, weights: str):
-        data = config.data
-        self._sources, self._stream = pipeline.sources, pipeline.stream
-        self._lengths, self._rejects = pipeline.lengths, pipeline.rejects
-        self._max_bad = data.max_bad
-        self._plan = pipeline.plan(start)
-        self._assemble = functools.partial(
-            assemble,
+    def __init__(self, sizes: list[int]):
+        self._ends = np.cumsum(sizes).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, n: int) -> Draw:
+        source = bisect.bisect_right(self._ends, n)
+        record = n - (self._ends[source - 1] if source else 0)
+        return Draw(source, record, record)
+
+
+@dataclasses.dataclass
+class Reader:
+    """A stream of draws with all that it takes to plan and read its rows."""
+
+    config: RunConfig
+    weights: str  # of answer tokens (pack.TOKEN_WEIGHTS)
+    sources: list[SampleSource]
+    lengths: list[Lengths]
+    splits: list[Split]
+    stream: Stream | OnePass
+    rejects: Path | None
+
+    def origin(self, n: int) -> tuple[int, int]:
+        """(source, record in it) of a place in the stream."""
+        draw = self.stream[n]
+        return draw.source, self.splits[draw.source][draw.record]
+
+    def length(self, n: int) -> tuple[int, int]:
+        source, record = self.origin(n)
+        return self.lengths[source][record]
+
+    def plan(self, start: Cursor = START) -> Plan:
+        data = self.config.data
+        return Plan(
+            self.length,
+            window=data.window,
             tokens=data.tokens,
             tiles=data.tiles,
-            image_size=config.model.image_size,
-            weights=weights,
-            pad_id=config.model.pad_id,
+            start=(start["window"], start["row"]),
+            stop=len(self.stream) if isinstance(self.stream, OnePass) else None,
         )
 
-    def __call__(self, row: int) -> HostBatch:
-        """The row, and under "read" how many samples it was to hold and how many were bad."""
-        places = self._plan[int(row)]
-        samples = [s for draw in places if (s := self._sample(draw)) is not None]
-        read = np.array([len(places), len(places) - len(samples)], np.int32)
-        return self._assemble(samples) | {"read": read}
+    def row(self, places: Sequence[int]) -> HostBatch:
+        """Samples at `places` as a row, and under "read" how many there were and how many bad."""
+        data = self.config.data
+        samples = {n: s for n in places if (s := self._sample(n)) is not None}
+        row = assemble(
+            list(samples.values()),
+            [self.stream[n].source for n in samples],
+            tokens=data.tokens,
+            tiles=data.tiles,
+            image_size=self.config.model.image_size,
+            weights=self.weights,
+            pad_id=self.config.model.pad_id,
+        )
+        return row | {"read": np.array([len(places), len(places) - len(samples)], np.int32)}
 
-    def _sample(self, draw: int) -> Sample | None:
+    def _sample(self, n: int) -> Sample | None:
         """None for a record that cannot be read; what it leaves free stays padding.
 
         So the order of the others does not depend on which files are broken today.
         """
-        source, record = self._stream[draw]
-        planned = self._lengths[source][record]
+        number, record = self.origin(n)
+        source, planned = self.sources[number], self.lengths[number][record]
         if planned == (0, 0):
             return None
-        name = self._sources[source].name
         try:
-            sample = self._sources[source].sample(record, draw)
+            sample = source.sample(record, self.stream[n].seen)
         except UserError as reason:
-            if not self._max_bad:
+            if not self.config.data.max_bad:
                 raise
-            self._reject(name, record, str(reason))
+            self._reject(source.name, record, str(reason))
             return None
         found = len(sample.ids), len(sample.tiles)
         if found != planned:
             raise UserError(
-                f"{name}: record {record + 1} has {found} tokens and tiles, but had {planned} "
-                "when it was measured: an image was exchanged; delete the index "
+                f"{source.name}: record {record + 1} has {found} tokens and tiles, but had "
+                f"{planned} when it was measured: an image was exchanged; delete the index "
                 "(config.data.index, or WORKDIR/index)"
             )
         return sample
 
     def _reject(self, source: str, record: int, reason: str) -> None:
-        if self._rejects is not None:
+        if self.rejects is not None:
             row = {"source": source, "record": record, "reason": reason}
-            with self._rejects.open("a") as file:  # one short write: worker processes share it
+            with self.rejects.open("a") as file:  # one short write: worker processes share it
                 file.write(json.dumps(row) + "\n")
+
+
+class Rows:
+    """Row number -> assembled row; what grain's workers run."""
+
+    def __init__(self, reader: Reader, start: Cursor = START):
+        self._reader, self._plan = reader, reader.plan(start)
+
+    def __call__(self, row: int) -> HostBatch:
+        return self._reader.row(self._plan[int(row)])
 
 
 class Pipeline:
@@ -153,60 +212,89 @@ class Pipeline:
         *,
         index: Path | None = None,
         quiet: bool = False,
+        workers: int = 0,
     ):
-        """`index`: directory that keeps measured lengths and lists bad records."""
-        self._config, self._weights = config, token_weights
-        self.rejects = None if index is None else index / "rejects.jsonl"
+        """`index`: directory that keeps lengths and lists bad records, measured by `workers`
+        processes (0: this one)."""
+        image.self_test()
+        self._config, data = config, config.data
         self.read = np.zeros(2, np.int64)  # samples drawn by this host so far, bad ones among them
-        self.sources, weights = open_sources(config, kind, tokenizer)
-        data = config.data
-        self.lengths = [lengths_of(source, data, index, quiet=quiet) for source in self.sources]
-        self.stream = Stream([len(s) for s in self.sources], weights, config.seed)
-
-    def _length(self, n: int) -> tuple[int, int]:
-        source, record = self.stream[n]
-        return self.lengths[source][record]
-
-    def plan(self, start: Cursor) -> Plan:
-        data = self._config.data
-        return Plan(
-            self._length,
-            window=data.window,
-            tokens=data.tokens,
-            tiles=data.tiles,
-            start=(start["window"], start["row"]),
+        self.sources, self._shares = open_sources(config, kind, tokenizer)
+        self.names = [source.name for source in self.sources]
+        _check_names(self.names, data.max_sources)
+        measure = functools.partial(
+            lengths_of, data=data, directory=index, quiet=quiet, workers=workers
+        )
+        self.lengths = [measure(source) for source in self.sources]
+        self.rejects = None if index is None else index / "rejects.jsonl"
+        self._reader = functools.partial(
+            Reader, config, token_weights, self.sources, self.lengths, rejects=self.rejects
         )
 
+    def reader(self, start: Cursor = START) -> tuple[Reader, Cursor]:
+        """What is read from a cursor on, and the cursor to begin at.
+
+        Where the mixture is another than the cursor's, it holds from the next window on. Should
+        the current one need a source that is gone, what is left of it is given up.
+        """
+        data = self._config.data
+        splits = [Split(len(source), data.holdout) for source in self.sources]
+        sizes = {name: len(split) for name, split in zip(self.names, splits, strict=True)}
+        weights = dict(zip(self.names, self._shares, strict=True))
+        window, row = start["window"], start["row"]
+        following = (window + bool(row)) * data.window
+        phases = phases_from(start["mixture"], sizes, weights, following)
+        if any(set(phase.sizes) - set(sizes) for phase in phases[:-1]):
+            window, row, phases = window + bool(row), 0, phases[-1:]
+            _say(f"a source is gone: what was left of {data.window} samples is not read")
+        stream = Stream(self.names, phases, self._config.seed)
+        cursor = _cursor(window, row, data.window, phases)
+        return self._reader(splits=splits, stream=stream), cursor
+
     def batches(
-        self, start: Cursor | None = None, *, host: int = 0, hosts: int = 1
+        self, start: Cursor = START, *, host: int = 0, hosts: int = 1
     ) -> Iterator[tuple[HostBatch, Cursor]]:
         """This host's part of every global batch from `start` on, with the cursor after it."""
-        start = START if start is None else start
+        reader, start = self.reader(start)
+        rows, plan = self._config.data.rows, reader.plan(start)
+        assert isinstance(reader.stream, Stream)
+        dataset = self._host_batches(Rows(reader, start), 2**62, host, hosts)
+        for step, batch in enumerate(dataset, start=1):
+            self._count(batch.pop("read").sum(axis=0))
+            place = plan.locate(step * rows)
+            yield batch, _cursor(*place, self._config.data.window, reader.stream.phases)
+
+    def held_out(self, *, host: int = 0, hosts: int = 1) -> Iterator[HostBatch]:
+        """This host's part of one pass over the held-out records, in order.
+
+        Every host gets the same number of batches: the last ones are filled up with empty rows.
+        """
+        data = self._config.data
+        if not data.holdout:
+            raise UserError("config.data.holdout: is 0, no records are held out")
+        splits = [Split(len(source), data.holdout, held=True) for source in self.sources]
+        stream = OnePass([len(split) for split in splits])
+        reader = self._reader(splits=splits, stream=stream)
+        here = data.rows // hosts
+        batches = -(-reader.plan().count() // data.rows)
+        for batch in self._host_batches(Rows(reader), batches * here, host, hosts):
+            self._count(batch.pop("read").sum(axis=0))
+            yield batch
+
+    def _host_batches(self, rows: Rows, count: int, host: int, hosts: int) -> Any:
+        """`count` rows of this host, batched, from threads or worker processes."""
         data = self._config.data
         if data.rows % hosts:
             raise UserError(f"config.data.rows {data.rows} is not a multiple of {hosts} hosts")
-        here = data.rows // hosts
-
-        def global_row(i: int) -> int:
-            return i // here * data.rows + host * here + i % here
-
+        number = functools.partial(global_row, rows=data.rows, host=host, hosts=hosts)
         # Batched as a MapDataset: workers then share out whole batches, and change nothing.
-        batches = (
-            grain.MapDataset.range(2**62)
-            .map(global_row)
-            .map(Rows(self._config, self, start, self._weights))
-            .batch(here)
-        )
+        batches = grain.MapDataset.range(count).map(number).map(rows).batch(data.rows // hosts)
         dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         if data.workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
                 flags.FLAGS(["hovle"], known_only=True)
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-        plan = self.plan(start)
-        for step, batch in enumerate(dataset, start=1):
-            self._count(batch.pop("read").sum(axis=0))
-            window, row = plan.locate(step * data.rows)
-            yield batch, {"window": window, "row": row}
+        return dataset
 
     def _count(self, read: np.ndarray) -> None:
         self.read += read
@@ -218,3 +306,29 @@ class Pipeline:
                 f"{bad} of {drawn} samples could not be read, more than config.data.max_bad="
                 f"{self._config.data.max_bad}{where}"
             )
+
+
+def global_row(i: int, *, rows: int, host: int, hosts: int) -> int:
+    """Number in the stream of rows of a host's i-th row; batches have `rows` over all hosts."""
+    here = rows // hosts
+    return i // here * rows + host * here + i % here
+
+
+def _cursor(window: int, row: int, size: int, phases: Sequence[Phase]) -> Cursor:
+    """Only the phases that the window and those after it need."""
+    starts = [phase.start for phase in phases]
+    first = max(bisect.bisect_right(starts, window * size) - 1, 0)
+    mixture = [dataclasses.asdict(phase) for phase in phases[first:]]
+    return {"window": window, "row": row, "mixture": mixture}
+
+
+def _check_names(names: Sequence[str], most: int) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two data sources are named {name!r}")
+    if len(names) > most:
+        raise UserError(f"{len(names)} data sources; raise config.data.max_sources={most}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

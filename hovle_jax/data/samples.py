@@ -1,23 +1,27 @@
 """Records -> samples: token ids, labels and image tiles of one training example.
 
 A sample source is what packing and mixing see: how many records, how long each is, and the sample
-itself. `draw` is the sample's place in the mixed stream; all randomness comes from (seed, draw).
+itself. `seen` is how many samples the source gave before (`mixture.Draw`): all randomness comes
+from (seed, source, seen), so it does not depend on what else is in the mixture.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from hovle_jax.config import IGNORE, DataConfig, ModelConfig
 from hovle_jax.data import image
-from hovle_jax.data.chat import TEMPLATES, Template, encode_conversation
+from hovle_jax.data.chat import TEMPLATES, Encoded, Template, encode_conversation
 from hovle_jax.data.readers import ImageFolder, TextLines
-from hovle_jax.data.records import Record
+from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.sources import MetaEntry
+from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
 
@@ -29,19 +33,27 @@ class Sample:
     tiles: np.ndarray  # uint8 [tiles, H, W, 3], in order of appearance
 
 
+class Length(NamedTuple):
+    """What a sample takes of a row; (0, 0) is a record that is left out."""
+
+    tokens: int
+    tiles: int
+    cut: str = ""  # what config.data.too_long made of the record
+
+
 class SampleSource(Protocol):
     name: str
 
     def __len__(self) -> int: ...
 
-    def measure(self, i: int) -> tuple[int, int]:
-        """(tokens, tiles) of record i, without decoding pixels."""
+    def measure(self, i: int) -> Length:
+        """The length of record i's sample, without decoding pixels."""
         ...
 
     def fingerprint(self) -> tuple[str, ...]:
         """All that `measure` depends on: files, tokenizer, settings."""
 
-    def sample(self, i: int, draw: int) -> Sample: ...
+    def sample(self, i: int, seen: int) -> Sample: ...
 
 
 def get_template(name: str) -> Template:
@@ -94,7 +106,10 @@ class Tiler:
         return min(self.min_tiles, most), most
 
     def counts(self, record: Record) -> list[int]:
+        """Tiles of each image, from its header alone."""
         low, high = self.limits(len(record.images))
+        if high == 1:  # whatever its size; half a billion headers need not be read
+            return [1] * len(record.images)
         return [
             image.count_tiles(
                 *image.image_size_of(ref, record.where),
@@ -145,7 +160,9 @@ class Conversations:
         self.name = entry.name
         self._source, self._augment = entry.source, entry.augment
         self._fingerprint = entry.fingerprint
-        self._seed = seed
+        self._seed = _seed(seed, self.name)
+        self._row = data.tokens, data.tiles
+        self._too_long = data.too_long
         self._tokenizer = tokenizer
         self._template = get_template(data.template)
         self._system = data.system
@@ -157,25 +174,60 @@ class Conversations:
 
     def fingerprint(self) -> tuple[str, ...]:
         settings = (self._template, self._system, self._tokens_per_tile, self._tiler.settings)
-        return (*self._fingerprint, self._tokenizer.fingerprint, repr(settings))
+        limits = () if self._too_long == "error" else (self._too_long, *self._row)
+        return (*self._fingerprint, self._tokenizer.fingerprint, repr((*settings, *limits)))
 
-    def measure(self, i: int) -> tuple[int, int]:
+    def measure(self, i: int) -> Length:
         record = self._source[i]
         counts = self._tiler.counts(record)
-        return len(self._encode(record, counts)[0]), sum(counts)
+        encoded, images, cut = self._fit(record, counts)
+        if encoded is None:
+            return Length(0, 0, cut)
+        return Length(len(encoded.ids), sum(counts[:images]), cut)
 
-    def sample(self, i: int, draw: int) -> Sample:
+    def sample(self, i: int, seen: int) -> Sample:
         record = self._source[i]
-        # The draw, not a generator that lives on: a resumed run makes the same picture.
-        rng = np.random.default_rng((self._seed, draw)) if self._augment else None
+        # The number, not a generator that lives on: a resumed run makes the same picture.
+        rng = np.random.default_rng((*self._seed, seen)) if self._augment else None
         tiles = self._tiler.tiles(record, rng)
-        ids, labels = self._encode(record, [len(t) for t in tiles])
-        return Sample(ids, labels, self._tiler.stack(tiles))
+        encoded, images, cut = self._fit(record, [len(t) for t in tiles])
+        if encoded is None:
+            raise UserError(cut)
+        return Sample(encoded.ids, encoded.labels, self._tiler.stack(tiles[:images]))
 
-    def _encode(self, record: Record, tiles: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _fit(self, record: Record, tiles: list[int]) -> tuple[Encoded | None, int, str]:
+        """(what a row can hold, how many images of it, what was cut); see config.data.too_long.
+
+        Whole exchanges are cut from the end, with their images; the answer of a first exchange
+        that is too long by itself loses its end. So no image is ever cut.
+        """
+        encoded = self._encode(record, record.turns, tiles)
+        if self._too_long == "error" or self._fits(encoded, tiles):
+            return encoded, len(tiles), ""
+        size = f"{record.where}: {len(encoded.ids)} tokens and {sum(tiles)} tiles"
+        if self._too_long == "drop":
+            return None, 0, f"{size}: left out"
+        turns = record.turns
+        ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
+        for end in reversed(ends):
+            images = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns[:end] if t.role == "user")
+            encoded = self._encode(record, turns[:end], tiles[:images])
+            if self._fits(encoded, tiles[:images]):
+                return encoded, images, f"{size}: {end} of {len(turns)} turns kept"
+        answer = int(np.argmax(encoded.labels != IGNORE))
+        row_tokens, row_tiles = self._row
+        if answer >= row_tokens or sum(tiles[:images]) > row_tiles:
+            return None, 0, f"{size}: left out, a row ends before the first answer"
+        encoded = Encoded(encoded.ids[:row_tokens], encoded.labels[:row_tokens])
+        return encoded, images, f"{size}: the first answer kept in part"
+
+    def _fits(self, encoded: Encoded, tiles: list[int]) -> bool:
+        return len(encoded.ids) <= self._row[0] and sum(tiles) <= self._row[1]
+
+    def _encode(self, record: Record, turns: Sequence[Turn], tiles: list[int]) -> Encoded:
         try:
-            encoded = encode_conversation(
-                record.turns,
+            return encode_conversation(
+                turns,
                 tiles,
                 self._tokenizer,
                 self._template,
@@ -184,20 +236,24 @@ class Conversations:
             )
         except UserError as error:
             raise UserError(f"{record.where}: {error}") from None
-        return encoded.ids, encoded.labels
+
+
+def _seed(seed: int, name: str) -> tuple[int, int]:
+    """Names, not numbers, tell sources apart: a new one changes nothing for the others."""
+    return seed, zlib.crc32(name.encode())
 
 
 class UnpairedImages:
     """Stage I: an image and unrelated text in one causal sequence, in random order (spec 4.4).
 
-    The text is a run of `text_ratio` tokens per image token: uniformly random ordinary ids, or
-    consecutive lines of a text file from a random line on.
+    The text is a run of `text_ratio` tokens per image token: uniformly random ordinary ids, a span
+    of token shards from a random token on, or lines of a text file from a random line on.
     """
 
     def __init__(
         self,
         source: ImageFolder,
-        text: TextLines | None,
+        text: TextLines | TokenShards | None,
         tokenizer: Tokenizer,
         model: ModelConfig,
         data: DataConfig,
@@ -210,7 +266,7 @@ class UnpairedImages:
         self._tokens_per_tile = model.tokens_per_tile
         self._ratio = data.text_ratio
         self._tiler = Tiler(model, data, source.max_tiles)
-        self._seed = seed
+        self._seed = _seed(seed, self.name)
         special = tokenizer.special_ids | {0}
         self._ordinary = np.array([i for i in range(tokenizer.vocab_size) if i not in special])
 
@@ -221,20 +277,22 @@ class UnpairedImages:
         settings = (self._ratio, self._tokens_per_tile, self._tiler.settings)
         return (*self._source.fingerprint(), repr(settings))
 
-    def measure(self, i: int) -> tuple[int, int]:
-        tiles = sum(self._tiler.counts(self._source[i]))
-        image_tokens = tiles * self._tokens_per_tile
-        return 3 + image_tokens + self._text_tokens(image_tokens), tiles
+    def measure(self, i: int) -> Length:
+        tiles = self._tiler.counts(self._source[i])
+        image_tokens = sum(tiles) * self._tokens_per_tile
+        tokens = 1 + 2 * len(tiles) + image_tokens + self._text_tokens(image_tokens)
+        return Length(tokens, sum(tiles))
 
-    def sample(self, i: int, draw: int) -> Sample:
-        rng = np.random.default_rng((self._seed, draw))
-        tiles = self._tiler.stack(self._tiler.tiles(self._source[i]))
-        context = [self._tokenizer.id_of(IMG_CONTEXT)] * (len(tiles) * self._tokens_per_tile)
-        run = [self._tokenizer.id_of(IMG_START), *context, self._tokenizer.id_of(IMG_END)]
-        text = self._random_text(self._text_tokens(len(context)), rng)
-        halves = [run, text] if rng.random() < 0.5 else [text, run]
+    def sample(self, i: int, seen: int) -> Sample:
+        rng = np.random.default_rng((*self._seed, seen))
+        tiles = self._tiler.tiles(self._source[i])
+        start, context, end = map(self._tokenizer.id_of, (IMG_START, IMG_CONTEXT, IMG_END))
+        runs = [[start, *[context] * (len(t) * self._tokens_per_tile), end] for t in tiles]
+        images = [token for run in runs for token in run]
+        text = self._random_text(self._text_tokens(len(images) - 2 * len(tiles)), rng)
+        halves = [images, text] if rng.random() < 0.5 else [text, images]
         ids = np.array([self._tokenizer.bos_id, *halves[0], *halves[1]], np.int32)
-        return Sample(ids, np.full_like(ids, IGNORE), tiles)
+        return Sample(ids, np.full_like(ids, IGNORE), self._tiler.stack(tiles))
 
     def _text_tokens(self, image_tokens: int) -> int:
         return round(image_tokens * self._ratio)
@@ -242,6 +300,8 @@ class UnpairedImages:
     def _random_text(self, count: int, rng: np.random.Generator) -> list[int]:
         if self._text is None:
             return rng.choice(self._ordinary, count).tolist()
+        if isinstance(self._text, TokenShards):
+            return self._text.span(int(rng.integers(len(self._text))), count).tolist()
         ids: list[int] = []
         line = int(rng.integers(len(self._text)))
         while len(ids) < count:

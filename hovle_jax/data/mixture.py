@@ -1,0 +1,155 @@
+"""The endless mixed stream of samples: place -> (source, record), in closed form.
+
+Shares are exact: after n samples every source has given its share of n, to within log2(sources)
+samples, however many sources there are. So the place of every source follows from n alone, and a
+run may change its mixture: a new phase begins at the next window and each source goes on where it
+stood.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import grain
+
+from hovle_jax.errors import UserError
+
+
+class Draw(NamedTuple):
+    """One sample of the stream."""
+
+    source: int  # its number in the mixture
+    record: int
+    seen: int  # samples its source gave before; the key of all randomness of this sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of the stream with one mixture. JSON types only: it is part of the data cursor.
+
+    Attributes:
+      start: Place of its first sample.
+      sizes: Records of each source, by name.
+      weights: Samples of each source, relative to the others.
+      drawn: Samples that sources had given before `start`, those of past phases included.
+    """
+
+    start: int
+    sizes: dict[str, int]
+    weights: dict[str, float]
+    drawn: dict[str, int]
+
+
+class Stream:
+    """[n] -> `Draw`. Every source passes through all its records in a new order, then again."""
+
+    def __init__(self, names: Sequence[str], phases: Sequence[Phase], seed: int):
+        """`names` number the sources; phases may know others, whose samples cannot be drawn."""
+        self.phases = list(phases)
+        self._starts = [phase.start for phase in phases]
+        self._shares = [Shares(phase.weights.values()) for phase in phases]
+        self._sources = [list(phase.sizes) for phase in phases]
+        self._number = {name: i for i, name in enumerate(names)}
+        self._orders = {
+            name: grain.MapDataset.range(size)
+            .seed(zlib.crc32(f"{seed} {name}".encode()))
+            .shuffle()
+            .repeat()
+            for name, size in phases[-1].sizes.items()
+        }
+
+    def __getitem__(self, n: int) -> Draw:
+        k = bisect.bisect_right(self._starts, n) - 1
+        source, count = self._shares[k].locate(n - self._starts[k])
+        name = self._sources[k][source]
+        count += self.phases[k].drawn.get(name, 0)
+        return Draw(self._number[name], int(self._orders[name][count]), count)
+
+    def drawn(self, n: int) -> dict[str, int]:
+        """Samples that each source gave in the first `n` places."""
+        k = max(bisect.bisect_right(self._starts, n) - 1, 0)
+        counts = self._shares[k].counts(n - self._starts[k])
+        before = self.phases[k].drawn
+        here = zip(self._sources[k], counts, strict=True)
+        return before | {name: before.get(name, 0) + count for name, count in here}
+
+
+class Shares:
+    """Divides 0, 1, 2, ... among sources by weight.
+
+    A binary tree over the sources: of the first n samples of a node, floor(n * share + 1/2) belong
+    to its left half. Both halves grow by at most one with n, so counts and places are exact.
+    """
+
+    def __init__(self, weights: Any):
+        """`weights`: positive numbers, taken to six significant decimals of a denominator."""
+        exact = [Fraction(w).limit_denominator(10**6) for w in weights]
+        unit = math.lcm(*(w.denominator for w in exact))
+        self._sums = [0]  # integers: no rounding however far the stream goes
+        for weight in exact:
+            self._sums.append(self._sums[-1] + int(weight * unit))
+
+    def locate(self, n: int) -> tuple[int, int]:
+        """(source, samples it gave before) of sample n."""
+        low, high = 0, len(self._sums) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            left = self._left(n, low, middle, high)
+            if self._left(n + 1, low, middle, high) > left:
+                n, high = left, middle
+            else:
+                n, low = n - left, middle
+        return low, n
+
+    def counts(self, n: int) -> list[int]:
+        """Samples of every source among the first n."""
+        return self._counts(n, 0, len(self._sums) - 1)
+
+    def _counts(self, n: int, low: int, high: int) -> list[int]:
+        if high - low == 1:
+            return [n]
+        middle = (low + high) // 2
+        left = self._left(n, low, middle, high)
+        return self._counts(left, low, middle) + self._counts(n - left, middle, high)
+
+    def _left(self, n: int, low: int, middle: int, high: int) -> int:
+        total = self._sums[high] - self._sums[low]
+        return (2 * n * (self._sums[middle] - self._sums[low]) + total) // (2 * total)
+
+
+def phases_from(
+    stored: Sequence[Mapping[str, Any]],
+    sizes: dict[str, int],
+    weights: dict[str, float],
+    place: int,
+) -> list[Phase]:
+    """The phases of a run whose cursor holds `stored`, now that the mixture is `sizes`, `weights`.
+
+    An equal mixture goes on; another begins at `place`, where each source keeps its own place.
+
+    Raises:
+      UserError: a source has another number of records than before.
+    """
+    phases = [Phase(**phase) for phase in stored]
+    before = {name: size for phase in phases for name, size in phase.sizes.items()}
+    for name, size in sizes.items():
+        if before.get(name, size) != size:
+            raise UserError(
+                f"{name}: has {size} records, but had {before[name]} when this run read it; in "
+                "another order records would repeat: give the changed data set another name"
+            )
+    if not phases:
+        return [Phase(0, sizes, weights, {})]
+    last = phases[-1]
+    if list(last.sizes.items()) == list(sizes.items()) and last.weights == weights:
+        return phases
+    drawn = Stream(list(before), phases, seed=0).drawn(place)
+    return [phase for phase in phases if phase.start < place] + [
+        Phase(place, sizes, weights, drawn)
+    ]
