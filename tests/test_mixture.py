@@ -195,15 +195,13 @@ def test_global_batches_are_the_same_for_any_hosts_workers_and_restarts(world, t
         for k in range(2):
             assert same(whole[step + k][0], joined([part[k][0] for part in parts])), (hosts, step)
             assert all(part[k][1] == whole[step + k][1] for part in parts)
-    for workers, hosts, step in ((1, 2, 150), (4, 3, 77)):
+    for workers, hosts, step in ((1, 2, 150), (4, 3, 77)):  # a process takes seconds to start
         other = open_three(world, three[0], data__workers=workers)
-        parts = [take(other.batches(whole[step - 1][1], host=h, hosts=hosts), 2) for h in (0, 1)]
-        here = 24 // hosts
-        for host, part in enumerate(parts):
-            for k, (batch, cursor) in enumerate(part):
-                rows = slice(host * here, (host + 1) * here)
-                assert same(batch, {key: x[rows] for key, x in whole[step + k][0].items()})
-                assert cursor == whole[step + k][1]
+        rows = slice(24 - 24 // hosts, 24)
+        last = other.batches(whole[step - 1][1], host=hosts - 1, hosts=hosts)
+        for k, (batch, cursor) in enumerate(take(last, 5)):
+            assert same(batch, {key: x[rows] for key, x in whole[step + k][0].items()})
+            assert cursor == whole[step + k][1]
 
 
 def test_a_mixture_may_change_while_a_run_goes_on(world, three, tmp_path):
