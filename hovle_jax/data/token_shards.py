@@ -91,7 +91,7 @@ class TokenShards:
             raise UserError(f"{directory}: ids of another tokenizer; tokenize the text again")
         if largest >= tokenizer.vocab_size:
             raise UserError(
-                f"{directory}: has ids up to {largest}, the tokenizer {tokenizer.vocab_size} in all; "
+                f"{directory}: has ids up to {largest}, the tokenizer {tokenizer.vocab_size}; "
                 "tokenize the text again"
             )
         self._directory, self._vocab_size = directory, tokenizer.vocab_size
