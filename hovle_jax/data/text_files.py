@@ -125,7 +125,7 @@ def read(files: list[File], key: str, first: int = 0, after: int = 0) -> Iterato
         kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
         try:
             with epath.Path(name).open("rb") as raw:
-                content = _column(raw, key) if kind == "parquet" else _lines(raw, name)
+                content = _column(raw, key, name) if kind == "parquet" else _lines(raw, name)
                 for number, row in content:
                     if number <= after:
                         continue
@@ -134,6 +134,8 @@ def read(files: list[File], key: str, first: int = 0, after: int = 0) -> Iterato
                     if weight > _BATCH:
                         yield Batch(n, kind, rows, before + min(raw.tell(), size))
                         rows, weight = [], 0
+        except UserError:
+            raise
         except Exception as e:  # each format has kinds of its own for a damaged file
             where = f"{name}, behind row {number}" if number else name
             reason = str(_unreadable(where, e))
@@ -158,15 +160,16 @@ def _lines(raw: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _column(raw: BinaryIO, key: str) -> Iterator[tuple[int, bytes | None]]:
+def _column(raw: BinaryIO, key: str, name: str) -> Iterator[tuple[int, bytes | None]]:
     import pyarrow
 
     file = formats._pyarrow().ParquetFile(raw)
     if key not in file.schema_arrow.names:
-        raise ValueError(f"no column {key!r}, only {', '.join(file.schema_arrow.names)}")
+        names = ", ".join(file.schema_arrow.names)
+        raise UserError(f"{name}: no column {key!r}; the key must be one of {names}")
     kind = file.schema_arrow.field(key).type
     if kind not in (pyarrow.string(), pyarrow.large_string()):
-        raise ValueError(f"column {key!r} is {kind}, not string")
+        raise UserError(f"{name}: column {key!r} is {kind}, not string")
     number = 0
     for batch in file.iter_batches(batch_size=256, columns=[key]):
         # As bytes: as strings, one that is not UTF-8 would cost the whole file.

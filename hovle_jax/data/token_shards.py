@@ -91,8 +91,8 @@ class TokenShards:
             raise UserError(f"{directory}: ids of another tokenizer; tokenize the text again")
         if largest >= tokenizer.vocab_size:
             raise UserError(
-                f"{directory}: has ids up to {largest}, the tokenizer {tokenizer.vocab_size} in "
-                "all; tokenize the text again"
+                f"{directory}: has ids up to {largest}, the tokenizer {tokenizer.vocab_size}; "
+                "tokenize the text again"
             )
         self._directory, self._vocab_size = directory, tokenizer.vocab_size
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in shards)], dtype=np.int64)

@@ -220,17 +220,25 @@ class _Job:
         self._tokens = self._documents = self._max_id = 0  # of it
 
     def _read_journal(self) -> list[dict[str, Any]]:
+        """The shards to keep."""
         path = os.path.join(self._dir, JOURNAL)
+        shards: list[dict[str, Any]] = []
         if os.path.isfile(path):
             journal = formats.load_json(pathlib.Path(path).read_bytes(), path)
-            last = journal["shards"][-1] if journal["shards"] else {"file": 0, "row": 0}
-            _check(self._dir, journal, self._config, last["file"] + (last["row"] > 0))
-            return list(journal["shards"])
-        strays = [name for name in os.listdir(self._dir) if name != f"{JOURNAL}.tmp"]
-        if strays:
+            shards = journal["shards"]
+            last = shards[-1]["file"] if shards else 0
+            _check(self._dir, journal, self._config, last)
+            if journal["config"]["files"][last] != self._config["files"][last]:
+                # It was found damaged and has been replaced.
+                shards = [shard for shard in shards if shard["file"] < last]
+        elif strays := [name for name in os.listdir(self._dir) if name != f"{JOURNAL}.tmp"]:
             raise UserError(f"{self._dir}: not empty ({strays[0]}); name a new directory")
-        self._write_journal([])
-        return []
+        self._write_journal(shards)
+        kept = {name for number in range(len(shards)) for name in shard_files(number)}
+        for stray in pathlib.Path(self._dir).glob("text-*"):
+            if stray.name not in kept:
+                stray.unlink()
+        return shards
 
     def _write_journal(self, shards: list[dict[str, Any]]) -> None:
         convert._write(os.path.join(self._dir, JOURNAL), {"config": self._config, "shards": shards})
@@ -323,8 +331,7 @@ class _Job:
 def _check(out: str, found: dict[str, Any], config: dict[str, Any], read: int) -> None:
     """UserError unless what is in `out` can be continued, or is what is asked for.
 
-    Of the files only the first `read` must be as they were: one that was found damaged may be
-    replaced.
+    Of the files only the first `read` must be as they were.
     """
     old, new = found["config"], config
     names = [[name for name, _ in config["files"]] for config in (old, new)]
