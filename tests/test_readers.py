@@ -79,7 +79,8 @@ def test_pickle(write):
     [
         ('{"conversations": ', "not valid JSON"),
         ("[]", "expected a JSON object, got list"),
-        ({"id": 1}, r"no list 'conversations'; its keys are \['id'\]"),
+        ({"id": 1}, r"no caption .* and no 'conversations'; its keys are \['id'\]"),
+        ({"conversations": "x"}, "'conversations' must be a list of turns, got 'x'"),
         ({"conversations": []}, "no turns"),
         ({"conversations": ["x"]}, "a turn must be a JSON object"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
@@ -88,7 +89,11 @@ def test_pickle(write):
         ({"conversations": [QA[0], {"from": "gpt", "value": " "}]}, "assistant turn is empty"),
         ({"conversations": [*QA, {"from": "system", "value": "s"}, *QA]}, "only the first turn"),
         ({"conversations": QA, "image": ["a", "b"]}, "0 '<image>' in user turns but 2 images"),
-        ({"conversations": QA, "image": {"path": "a"}}, "'image' must be a path or a list"),
+        ({"conversations": QA, "image": {"a": 1}}, "an image has neither bytes nor a path"),
+        (
+            {"conversations": QA, "image": ["a", 7]},
+            "'image' must be a path or a list of paths, got 7",
+        ),
         ({"conversations": QA, "video": "v.mp4"}, "video is not supported"),
         (
             {"conversations": [{"from": "human", "value": "<image>q"}, QA[1]]},
