@@ -181,6 +181,61 @@ def test_meta(meta, tmp_path, monkeypatch):
     assert meta()[0].source[0].images == ("img/x.png",)
 
 
+@pytest.fixture
+def entries(tmp_path):
+    """Opens a meta.json of data sets a, b, ... of ten rows each, with these keys."""
+    rows = [[QA[0], {"from": "gpt", "value": f"row {i}"}] for i in range(10)]
+    lines = [json.dumps({"conversations": turns}) for turns in rows]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+
+    def entries(*keys, **options):
+        meta = {"abc"[n]: {"annotation": "d.jsonl"} | more for n, more in enumerate(keys)}
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        return sources.open_meta(str(tmp_path / "meta.json"), **options)
+
+    return entries
+
+
+def test_weights(entries):
+    assert [e.weight for e in entries({"weight": 3}, {"weight": 0.5})] == [3.0, 0.5]
+    assert [e.weight for e in entries({}, {})] == [None, None]
+    with pytest.raises(UserError, match=r"meta\.json: 'b' has no weight; give one to all"):
+        entries({"weight": 1}, {}, {})
+    for bad in (0, -1, True, "1", [], 1e999, 10**400):
+        with pytest.raises(UserError, match=r"meta\.json: 'a': weight must be a positive number"):
+            entries({"weight": bad})
+
+
+@pytest.mark.parametrize(
+    "repeat, rows, times", [(0.39, 3, 1), (0.1, 1, 1), (1, 10, 1), (1.7, 10, 1), (2, 10, 2)]
+)
+def test_repeat_modes(entries, repeat, rows, times):
+    """InternVL keeps the first rows, or rounds down; see `raw_data[:int(n * repeat_time)]`."""
+    (exact,) = entries({"repeat_time": repeat})
+    assert (exact.repeat, len(exact.source)) == (repeat, 10)
+    (entry,) = entries({"repeat_time": repeat, "max_dynamic_patch": 3}, repeat_mode="internvl")
+    assert (entry.repeat, len(entry.source), entry.source.max_tiles) == (times, rows, 3)
+    source = pickle.loads(pickle.dumps(entry.source))
+    answers = [source[i].turns[1].text for i in range(len(source))]
+    assert answers == [f"row {i}" for i in range(rows)]
+    assert source[-1] == source[rows - 1]
+    with pytest.raises(IndexError):
+        source[rows]
+
+
+def test_bad_repeat_modes(entries):
+    with pytest.raises(UserError, match=r"'a': repeat_time 0\.05 of 10 rows leaves none"):
+        entries({"repeat_time": 0.05}, repeat_mode="internvl")
+    with pytest.raises(UserError, match="repeat_mode must be one of exact, internvl, got 'first'"):
+        entries({}, repeat_mode="first")
+
+
+def test_a_data_set_twice_is_an_error(tmp_path):
+    (tmp_path / "meta.json").write_text('{"a": {"annotation": "x"}, "a": {"annotation": "y"}}')
+    with pytest.raises(UserError, match=r"meta\.json: the key 'a' is there twice"):
+        sources.open_meta(str(tmp_path / "meta.json"))
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [

@@ -51,8 +51,12 @@ def _remote(path: str) -> Iterator[epath.Path]:
     """The path for epath; errors of the store, of its client and of its login as OSError."""
     try:
         found = epath.Path(path)
-        if not is_remote(os.fspath(found)):  # epath takes what it does not know for local
-            raise OSError(errno.EINVAL, "no known kind of remote path; is it gs://?", path)
+        known = is_remote(os.fspath(found))  # or epath takes it for local
+    except Exception:
+        known = False
+    if not known:
+        raise OSError(errno.EINVAL, "no known kind of remote path; use gs:// or a local one", path)
+    try:
         yield found
     except FileNotFoundError as e:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from e

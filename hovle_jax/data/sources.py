@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
+import sys
 from typing import Any, Literal, get_args
 
 from hovle_jax.data import files
@@ -201,7 +201,7 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: RepeatMode) -> Me
 
 def _positive(value: Any, key: str, where: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not number or not 0 < value <= sys.float_info.max:
         raise UserError(f"{where}: {key} must be a positive number, got {value!r}")
     return float(value)
 
