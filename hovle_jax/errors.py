@@ -6,3 +6,9 @@ class UserError(Exception):
 
     The command line prints it as one line and exits with status 1; nothing else is lost.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax.data import array_record, convert, formats, image, readers, sources
+from hovle_jax.data import (
+    array_record,
+    convert,
+    image,
+    json_list,
+    parquet,
+    readers,
+    sources,
+    webdataset,
+)
 from hovle_jax.data.records import Record
+from hovle_jax.data.rows import PROMPT
 from hovle_jax.errors import UserError
 
 CAPTIONS = ("a red square", "猫, in blue", "two\nlines", "the last")
-ASK = f"<image>\n{formats.PROMPT}"
+ASK = f"<image>\n{PROMPT}"
 SUFFIXES = ("png", "jpg", "webp", "jpeg")
 
 
@@ -36,7 +46,7 @@ def talk(caption: str, key: str = "value") -> list[dict]:
 
 
 def messages(caption: str) -> list[dict]:
-    ask = [{"type": "image"}, {"type": "text", "text": formats.PROMPT}]
+    ask = [{"type": "image"}, {"type": "text", "text": PROMPT}]
     return [{"role": "user", "content": ask}, {"role": "assistant", "content": caption}]
 
 
@@ -209,10 +219,10 @@ def test_image_folder_and_names(tmp_path):
         sources.open_source(str(tmp_path / "im"))
 
 
-def open_list(root: Path, text: str | bytes) -> formats.LlavaJson:
+def open_list(root: Path, text: str | bytes) -> json_list.LlavaJson:
     data = text.encode() if isinstance(text, str) else text
     (root / "a.json").write_bytes(data)
-    return formats.LlavaJson("a", str(root / "a.json"), "")
+    return json_list.LlavaJson("a", str(root / "a.json"), "")
 
 
 def test_list_elements_are_found_anywhere(tmp_path, monkeypatch):
@@ -225,8 +235,8 @@ def test_list_elements_are_found_anywhere(tmp_path, monkeypatch):
         found = [json.loads(data[start : start + size]) for start, size in spans]
         assert found == json.loads(data.decode("utf-8-sig"))
         for step in (1, 7, 64):
-            monkeypatch.setattr(formats, "_WINDOW", step)
-            starts, sizes = formats._list_elements(str(tmp_path / "a.json"))
+            monkeypatch.setattr(json_list, "_WINDOW", step)
+            starts, sizes = json_list._list_elements(str(tmp_path / "a.json"))
             assert list(zip(starts.tolist(), sizes.tolist(), strict=True)) == spans
 
 
@@ -316,7 +326,7 @@ def test_bad_groups_of_a_tar(tmp_path, members, key, message):
     path = write_tar(
         tmp_path / "x.tar", {"ok.jpg": b"i", "ok.json": OK_JSON, ".hid": b""} | members
     )
-    source = formats.Webdataset("x", str(path))
+    source = webdataset.Webdataset("x", str(path))
     assert len(source) == 2 and source[0].images == (b"i",)
     with pytest.raises(UserError, match=rf"x\.tar:{key}: .*{message}") as error:
         source[1]
@@ -328,7 +338,7 @@ def test_tar_groups(tmp_path):
     chat = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     members = {"b.JPG": b"1", "a.txt": b"A\n", "b.txt": b"B", "a.cls": b"7", "a.webp": b"2"}
     members["c.json"] = json.dumps({"conversations": chat}).encode()
-    source = formats.Webdataset("x", str(write_tar(tmp_path / "x.tar", members)), prompt="?")
+    source = webdataset.Webdataset("x", str(write_tar(tmp_path / "x.tar", members)), prompt="?")
     found = [([t.text for t in r.turns], r.images) for r in (source[i] for i in range(3))]
     assert found == [
         (["<image>\n?", "B"], (b"1",)),
@@ -342,17 +352,17 @@ def test_bad_tars(tmp_path):
     for data, message in ((good[:3000], "not a readable tar"), (b"\x1f\x8b123", "not a readable")):
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(UserError, match=rf"x\.tar: {message}"):
-            formats.Webdataset("x", str(tmp_path / "x.tar"))
+            webdataset.Webdataset("x", str(tmp_path / "x.tar"))
     members = {f"{i}.{kind}": b"c" for i in range(5) for kind in ("jpg", "txt")}
     good = write_tar(tmp_path / "x.tar", members).read_bytes()
     # To tarfile both are the end of the tar: half the rows would be gone without a word.
     for data in (good[:5120], good[:5120] + b"\xff" + good[5121:]):
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(UserError, match=r"x\.tar: .*no header and no end marker at byte 5120"):
-            formats.Webdataset("x", str(tmp_path / "x.tar"))
+            webdataset.Webdataset("x", str(tmp_path / "x.tar"))
     write_tar(tmp_path / "x.tar", {})
     with pytest.raises(UserError, match="the tars have no members"):
-        formats.Webdataset("x", str(tmp_path / "x.tar"))
+        webdataset.Webdataset("x", str(tmp_path / "x.tar"))
 
 
 def test_bad_parquet(tmp_path, monkeypatch):
@@ -363,20 +373,20 @@ def test_bad_parquet(tmp_path, monkeypatch):
         ({"image": {"bytes": b"i", "path": None}, "text": None}, "no caption"),
     ]
     path = write_parquet(tmp_path / "x.parquet", rows + [row for row, _ in bad])
-    source = formats.Parquet("x", str(path), "")
+    source = parquet.Parquet("x", str(path), "")
     assert len(source) == 7 and source[3].where.endswith("x.parquet:4")
     for i, (_, message) in enumerate(bad, 4):
         with pytest.raises(UserError, match=rf"x\.parquet:{i + 1}: .*{message}"):
             source[i]
     write_parquet(tmp_path / "x.parquet", [{"label": 3}])
     with pytest.raises(UserError, match=r"x\.parquet: no column of .* only label"):
-        formats.Parquet("x", str(path), "")
+        parquet.Parquet("x", str(path), "")
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"x\.parquet: not readable as parquet"):
-        formats.Parquet("x", str(path), "")
+        parquet.Parquet("x", str(path), "")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install hovle-jax\[parquet\]"):
-        formats.Parquet("x", str(path), "")
+        parquet.Parquet("x", str(path), "")
 
 
 def test_tfds_labels_and_errors(tmp_path):

@@ -79,7 +79,8 @@ def test_pickle(write):
     [
         ('{"conversations": ', "not valid JSON"),
         ("[]", "expected a JSON object, got list"),
-        ({"id": 1}, r"no list 'conversations'; its keys are \['id'\]"),
+        ({"id": 1}, r"no caption .* and no 'conversations'; its keys are \['id'\]"),
+        ({"conversations": "x"}, "'conversations' must be a list of turns, got 'x'"),
         ({"conversations": []}, "no turns"),
         ({"conversations": ["x"]}, "a turn must be a JSON object"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
@@ -88,7 +89,11 @@ def test_pickle(write):
         ({"conversations": [QA[0], {"from": "gpt", "value": " "}]}, "assistant turn is empty"),
         ({"conversations": [*QA, {"from": "system", "value": "s"}, *QA]}, "only the first turn"),
         ({"conversations": QA, "image": ["a", "b"]}, "0 '<image>' in user turns but 2 images"),
-        ({"conversations": QA, "image": {"path": "a"}}, "'image' must be a path or a list"),
+        ({"conversations": QA, "image": {"a": 1}}, "an image has neither bytes nor a path"),
+        (
+            {"conversations": QA, "image": ["a", 7]},
+            "'image' must be a path or a list of paths, got 7",
+        ),
         ({"conversations": QA, "video": "v.mp4"}, "video is not supported"),
         (
             {"conversations": [{"from": "human", "value": "<image>q"}, QA[1]]},
@@ -174,6 +179,61 @@ def test_meta(meta, tmp_path, monkeypatch):
     (tmp_path / "cwd" / "img").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
     assert meta()[0].source[0].images == ("img/x.png",)
+
+
+@pytest.fixture
+def entries(tmp_path):
+    """Opens a meta.json of data sets a, b, ... of ten rows each, with these keys."""
+    rows = [[QA[0], {"from": "gpt", "value": f"row {i}"}] for i in range(10)]
+    lines = [json.dumps({"conversations": turns}) for turns in rows]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+
+    def entries(*keys, **options):
+        meta = {"abc"[n]: {"annotation": "d.jsonl"} | more for n, more in enumerate(keys)}
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        return sources.open_meta(str(tmp_path / "meta.json"), **options)
+
+    return entries
+
+
+def test_weights(entries):
+    assert [e.weight for e in entries({"weight": 3}, {"weight": 0.5})] == [3.0, 0.5]
+    assert [e.weight for e in entries({}, {})] == [None, None]
+    with pytest.raises(UserError, match=r"meta\.json: 'b' has no weight; give one to all"):
+        entries({"weight": 1}, {}, {})
+    for bad in (0, -1, True, "1", [], 1e999, 10**400):
+        with pytest.raises(UserError, match=r"meta\.json: 'a': weight must be a positive number"):
+            entries({"weight": bad})
+
+
+@pytest.mark.parametrize(
+    "repeat, rows, times", [(0.39, 3, 1), (0.1, 1, 1), (1, 10, 1), (1.7, 10, 1), (2, 10, 2)]
+)
+def test_repeat_modes(entries, repeat, rows, times):
+    """InternVL keeps the first rows, or rounds down; see `raw_data[:int(n * repeat_time)]`."""
+    (exact,) = entries({"repeat_time": repeat})
+    assert (exact.repeat, len(exact.source)) == (repeat, 10)
+    (entry,) = entries({"repeat_time": repeat, "max_dynamic_patch": 3}, repeat_mode="internvl")
+    assert (entry.repeat, len(entry.source), entry.source.max_tiles) == (times, rows, 3)
+    source = pickle.loads(pickle.dumps(entry.source))
+    answers = [source[i].turns[1].text for i in range(len(source))]
+    assert answers == [f"row {i}" for i in range(rows)]
+    assert source[-1] == source[rows - 1]
+    with pytest.raises(IndexError):
+        source[rows]
+
+
+def test_bad_repeat_modes(entries):
+    with pytest.raises(UserError, match=r"'a': repeat_time 0\.05 of 10 rows leaves none"):
+        entries({"repeat_time": 0.05}, repeat_mode="internvl")
+    with pytest.raises(UserError, match="repeat_mode must be one of exact, internvl, got 'first'"):
+        entries({}, repeat_mode="first")
+
+
+def test_a_data_set_twice_is_an_error(tmp_path):
+    (tmp_path / "meta.json").write_text('{"a": {"annotation": "x"}, "a": {"annotation": "y"}}')
+    with pytest.raises(UserError, match=r"meta\.json: the key 'a' is there twice"):
+        sources.open_meta(str(tmp_path / "meta.json"))
 
 
 @pytest.mark.parametrize(

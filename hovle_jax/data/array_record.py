@@ -7,19 +7,19 @@ encoded images one after the other, unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import pathlib
 import struct
 from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 
-from hovle_jax.data import formats
-from hovle_jax.data.formats import one_line
-from hovle_jax.data.records import Record, Role, Turn, validate
-from hovle_jax.errors import UserError
+from hovle_jax.data import files
+from hovle_jax.data.records import Record, Role, Turn, position, validate
+from hovle_jax.data.rows import load_json
+from hovle_jax.errors import UserError, one_line
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -53,7 +53,7 @@ def decode_record(data: bytes, where: str) -> Record:
     ends = np.cumsum([end, *sizes], dtype=np.int64).tolist()
     images = tuple(data[a:b] for a, b in zip(ends, ends[1:], strict=False))
     record = Record(turns, images, where)
-    if turns or len(images) != 1:  # a lone image has no conversation
+    if turns or not images:  # unpaired images have no conversation
         validate(record)
     return record
 
@@ -61,18 +61,26 @@ def decode_record(data: bytes, where: str) -> Record:
 class ArrayRecordSource:
     """What `convert` wrote: a directory of shards, one shard, or a glob of them."""
 
-    def __init__(self, name: str, path: str, part: str | None = None, max_tiles: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        part: str | None = None,
+        max_tiles: int | None = None,
+        *,
+        images_only: bool = False,
+    ):
         """Counts the records, in a converted directory from its manifest alone.
 
         `part` is the source in the directory to read, None for all of them in order; `max_tiles`
         is the manifest's unless given. UserError if a shard is unreadable, or nothing is there.
         """
-        self.name, self.max_tiles = name, max_tiles
+        self.name, self.max_tiles, self._images_only = name, max_tiles, images_only
         manifest = read_manifest(path)
         if manifest is None:
             if part is not None:
                 raise UserError(f"{path}: no {MANIFEST}, so no part {part!r}")
-            self._paths = formats.expand(path, ".array_record")
+            self._paths = files.expand(path, ".array_record")
             counts = [open_shard(shard).num_records() for shard in self._paths]
         else:
             parts = manifest["sources"]
@@ -96,7 +104,7 @@ class ArrayRecordSource:
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> Record:
-        i = formats.position(i, len(self))
+        i = position(i, len(self))
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         row = i - int(self._starts[shard])
         where = f"{self._paths[shard]}:{row + 1}"
@@ -106,7 +114,12 @@ class ArrayRecordSource:
             data = self._open[shard].read([row])[0]
         except (RuntimeError, IndexError, ValueError) as e:
             raise UserError(f"{where}: cannot be read ({one_line(e)})") from e
-        return decode_record(data, where)
+        record = decode_record(data, where)
+        if not self._images_only:
+            return record
+        if not record.images:
+            raise UserError(f"{where}: no image")
+        return dataclasses.replace(record, turns=())
 
 
 def open_shard(path: str) -> Any:
@@ -117,7 +130,10 @@ def open_shard(path: str) -> Any:
         reader = array_record_module.ArrayRecordReader(path, options, file_reader_buffer_size=32768)
         if reader.ok():
             return reader
-        reason = "damaged or cut short" if os.path.isfile(path) else "no such file"
+        if files.is_remote(path):
+            reason = "its reader has no access; mount the bucket with gcsfuse or copy the shards"
+        else:
+            reason = "damaged or cut short" if os.path.isfile(path) else "no such file"
     except (RuntimeError, ValueError, OSError) as e:
         reason = one_line(e)
     raise UserError(f"{path}: not readable as ArrayRecord ({reason})")
@@ -126,10 +142,10 @@ def open_shard(path: str) -> Any:
 def read_manifest(directory: str) -> dict[str, Any] | None:
     """The manifest of a converted directory, None if `directory` has none; UserError if broken."""
     path = os.path.join(directory, MANIFEST)
-    if not os.path.isfile(path):
+    if not files.is_file(path):
         return None
     try:
-        manifest = formats.load_json(pathlib.Path(path).read_bytes(), path)
+        manifest = load_json(files.read_bytes(path, path), path)
         parts = manifest["sources"].values()
         shards = [shard for part in parts for shard in part["shards"]]
         ok = manifest["version"] == VERSION and isinstance(manifest["config"], dict)

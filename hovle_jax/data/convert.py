@@ -7,17 +7,15 @@ last: where it is missing, the conversion is not finished. journal.json exists u
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import pathlib
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hovle_jax.data import formats, image
+from hovle_jax.data import files, image
 from hovle_jax.data.array_record import (
     MANIFEST,
     VERSION,
@@ -25,10 +23,10 @@ from hovle_jax.data.array_record import (
     open_shard,
     read_manifest,
 )
-from hovle_jax.data.formats import PROMPT, Source, one_line
-from hovle_jax.data.records import Record
+from hovle_jax.data.records import Record, Source
+from hovle_jax.data.rows import PROMPT, load_json
 from hovle_jax.data.sources import JOURNAL, open_meta, open_source
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 from hovle_jax.metrics import Progress
 
 REJECTS = "rejects.jsonl"
@@ -64,16 +62,15 @@ def run_convert(
 
 
 def _is_meta(path: str) -> bool:
-    if not path.endswith(".json") or not os.path.isfile(path):
+    if not path.endswith(".json") or not files.is_file(path):
         return False
-    with open(path, "rb") as f:
+    with files.reading(path), files.open_file(path) as f:
         return f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
 
 
 def _size(path: str) -> int:
     """Bytes of an input, to notice that it changed between two runs."""
-    files = [path, *glob.glob(path), *glob.glob(os.path.join(glob.escape(path), "*"))]
-    return sum(os.path.getsize(file) for file in set(files) if os.path.isfile(file))
+    return sum(state.size for state in files.states_of(path))
 
 
 def convert(
@@ -108,6 +105,8 @@ def convert(
       UserError: bad arguments, `out_dir` holds something else, or too many rejects: with a larger
         `max_rejects` it continues where it stopped.
     """
+    if files.is_remote(out_dir):
+        raise UserError(f"{out_dir}: shards are written to local directories; convert, then copy")
     _check_arguments([source.name for source in sources], shard_bytes, max_rejects, check)
     total = sum(map(len, sources))
     full = {**(config or {}), "check": check, "shard_bytes": shard_bytes}
@@ -190,7 +189,7 @@ class _Job:
     def _read_journal(self) -> list[dict[str, Any]]:
         path = os.path.join(self._dir, JOURNAL)
         if os.path.isfile(path):
-            journal = formats.load_json(pathlib.Path(path).read_bytes(), path)
+            journal = load_json(pathlib.Path(path).read_bytes(), path)
             _check(self._dir, journal["config"], self._config, journal["shards"])
             return list(journal["shards"])
         strays = [file for file in os.listdir(self._dir) if file != f"{JOURNAL}.tmp"]
@@ -301,7 +300,7 @@ def _image_bytes(record: Record, check: str) -> list[bytes]:
     """The encoded images of a record; UserError if one is missing or fails the check."""
     images = []
     for ref in record.images:
-        data = _read_file(ref, record.where) if isinstance(ref, str) else ref
+        data = files.read_bytes(ref, record.where) if isinstance(ref, str) else ref
         try:
             if check == "header":
                 image.image_size_of(data, record.where)
@@ -313,14 +312,3 @@ def _image_bytes(record: Record, check: str) -> list[bytes]:
             raise UserError(f"{record.where}: image {name}: {reason}") from e
         images.append(data)
     return images
-
-
-def _read_file(path: str, where: str) -> bytes:
-    try:
-        # A device or a pipe would never end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{where}: image {path!r} is no regular file")
-        return pathlib.Path(path).read_bytes()
-    except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
-        reason = getattr(e, "strerror", None) or one_line(e)
-        raise UserError(f"{where}: image {path!r} cannot be read ({reason})") from e

@@ -4,22 +4,17 @@ Every source has `len()`, `[i]` and a name, and pickles (for data workers).
 """
 
 import array
-import json
+import functools
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Role, Turn, validate
+from hovle_jax.data import files
+from hovle_jax.data.records import Record
+from hovle_jax.data.rows import PROMPT, load_json, make_record
 from hovle_jax.errors import UserError
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -29,24 +24,18 @@ class _Lines:
     def __init__(self, path: str):
         starts, sizes, numbers = (array.array("q") for _ in range(3))
         start = 0
-        try:
-            with open(path, "rb") as f:
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        starts.append(start)
-                        sizes.append(len(line))
-                        numbers.append(number)
-                    start += len(line)
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+        with files.reading(path), files.open_file(path) as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    starts.append(start)
+                    sizes.append(len(line))
+                    numbers.append(number)
+                start += len(line)
         if not starts:
             raise UserError(f"{path}: the file has no rows")
         self._path = path
         self._starts, self._sizes, self._numbers = map(np.asarray, (starts, sizes, numbers))
-        self._file: BinaryIO | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        self._file = files.Ranges([path])
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -56,30 +45,25 @@ class _Lines:
 
     def __getitem__(self, i: int) -> bytes:
         start, size = int(self._starts[i]), int(self._sizes[i])
-        if self._file is None:
-            self._file = open(self._path, "rb")  # noqa: SIM115 - stays open for the next row
-        # Unlike seek and read, pread is safe when threads share the file.
-        return os.pread(self._file.fileno(), size, start)
+        return self._file.read(0, start, size, self.where(i))
 
     def json(self, i: int) -> dict[str, Any]:
-        try:
-            row = json.loads(self[i])
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{self.where(i)}: not valid JSON ({e}); fix or delete the line") from e
-        if not isinstance(row, dict):
-            raise UserError(f"{self.where(i)}: expected a JSON object, got {type(row).__name__}")
-        return row
+        return load_json(self[i], self.where(i))
 
 
 class JsonlConversations:
-    """Conversations in InternVL's jsonl.
+    """InternVL's jsonl, or OpenAI's and Qwen's: one row per line, with `root` for its images."""
 
-    A row has 'conversations', a list of {'from': human | gpt | system, 'value' or 'text'}, and
-    'image', a path or a list of paths, unless it is text only. OpenAI's 'messages' of 'role' and
-    'content' are read too, with the paths in 'image' or 'images'.
-    """
-
-    def __init__(self, name: str, annotation: str, root: str, max_tiles: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        annotation: str,
+        root: str,
+        max_tiles: int | None = None,
+        *,
+        prompt: str = PROMPT,
+        images_only: bool = False,
+    ):
         """Indexes the file.
 
         Args:
@@ -87,83 +71,25 @@ class JsonlConversations:
           annotation: Path of the jsonl file.
           root: Directory of its relative image paths.
           max_tiles: Tile limit of its images, None for the run's default.
+          prompt: The user turn of a row that has a caption only.
+          images_only: Records have the images of their rows and no turns.
 
         Raises:
           UserError: the file is missing or empty.
         """
         self.name = name
-        self.root = root
         self.max_tiles = max_tiles
+        self._record = functools.partial(
+            make_record, root=root, prompt=prompt, images_only=images_only
+        )
         self._lines = _Lines(annotation)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, i: int) -> Record:
-        """Reads and validates row `i`; UserError with file and line if it is malformed.
-
-        Where there is one image but no '<image>', '<image>\\n' is put before the first user turn.
-        """
-        row = self._lines.json(i)
-        where = self._lines.where(i)
-        if "video" in row:
-            raise UserError(f"{where}: video is not supported; delete the row")
-        images = _images(row, where)
-        turns = _turns(row, where)
-        users = [n for n, turn in enumerate(turns) if turn.role == "user"]
-        if (
-            len(images) == 1
-            and users
-            and not any(IMAGE_PLACEHOLDER in turns[n].text for n in users)
-        ):
-            first = turns[users[0]]
-            turns[users[0]] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{first.text}")
-        paths = tuple(os.path.join(self.root, image) for image in images)
-        record = Record(tuple(turns), paths, where)
-        validate(record)
-        return record
-
-
-def _images(row: dict[str, Any], where: str) -> list[str]:
-    images = row.get("image") or row.get("images") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {images!r}")
-    return images
-
-
-def _turns(row: dict[str, Any], where: str) -> list[Turn]:
-    messages = row.get("conversations", row.get("messages"))
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: no list 'conversations'; its keys are {sorted(row)}")
-    turns = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise UserError(f"{where}: a turn must be a JSON object, got {message!r}")
-        role = message.get("from", message.get("role"))
-        if not isinstance(role, str) or role not in _ROLES:
-            raise UserError(f"{where}: unknown role {role!r}; use one of {', '.join(_ROLES)}")
-        text = next((message[k] for k in ("value", "text", "content") if k in message), None)
-        if isinstance(text, list):
-            text = _join_parts(text, where)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: a {role} turn has no text under 'value'")
-        turns.append(Turn(_ROLES[role], text))
-    return turns
-
-
-def _join_parts(parts: list[Any], where: str) -> str:
-    """OpenAI's list of content parts as InternVL's text with placeholders."""
-    text = ""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            text += f"{IMAGE_PLACEHOLDER}\n"
-        elif kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        else:
-            raise UserError(f"{where}: content part {part!r} is neither a text nor an image")
-    return text
+        """Reads and validates row `i`; UserError with file and line if it is malformed."""
+        return self._record(self._lines.json(i), self._lines.where(i))
 
 
 class ImageFolder:
@@ -175,16 +101,12 @@ class ImageFolder:
         Raises:
           UserError: the directory is missing or has no images.
         """
-        if not os.path.isdir(directory):
+        if not files.is_dir(directory):
             raise UserError(f"{name}: image directory not found: {directory}")
         self.name = name
         self.max_tiles = max_tiles
-        self._paths = sorted(
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(directory)
-            for file in files
-            if file.lower().endswith(_SUFFIXES)
-        )
+        found = files.files_below(directory)
+        self._paths = [path for path in found if path.lower().endswith(_SUFFIXES)]
         if not self._paths:
             raise UserError(f"{name}: no {'/'.join(_SUFFIXES)} files below {directory}")
 
@@ -193,7 +115,7 @@ class ImageFolder:
 
     def fingerprint(self) -> tuple[str, ...]:
         """The paths; a picture that was exchanged shows when it is read."""
-        return tuple(map(os.path.abspath, self._paths))
+        return tuple(p if files.is_remote(p) else os.path.abspath(p) for p in self._paths)
 
     def __getitem__(self, i: int) -> Record:
         path = self._paths[i]

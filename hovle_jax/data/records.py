@@ -1,7 +1,7 @@
 """What every reader yields: a conversation with its images, or a lone image."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol
 
 from hovle_jax.errors import UserError
 
@@ -31,6 +31,23 @@ class Record:
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...]
     where: str
+
+
+class Source(Protocol):
+    """Records at random access, which is what every format becomes. Pickles, for data workers."""
+
+    name: str
+    max_tiles: int | None  # of an image; None for the run's default
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Record: ...
+
+
+def position(i: int, size: int) -> int:
+    """Index as for a list: negative ones count from the end; IndexError beyond."""
+    if not -size <= i < size:
+        raise IndexError(f"row {i} of {size}")
+    return int(i) % size
 
 
 def validate(record: Record) -> None:

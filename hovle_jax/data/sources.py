@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
-import json
 import os
-import pathlib
 import re
-from typing import Any
+import sys
+from typing import Any, Literal, get_args
 
-from hovle_jax.data import formats, readers
+from hovle_jax.data import files
 from hovle_jax.data.array_record import MANIFEST, ArrayRecordSource
-from hovle_jax.data.formats import PROMPT, Source
+from hovle_jax.data.json_list import LlavaJson
+from hovle_jax.data.parquet import Parquet
+from hovle_jax.data.readers import ImageFolder, JsonlConversations
+from hovle_jax.data.records import Record, Source, position
+from hovle_jax.data.rows import PROMPT, load_json
+from hovle_jax.data.tfds_source import TfdsSource
+from hovle_jax.data.webdataset import Webdataset
 from hovle_jax.errors import UserError
 
 JOURNAL = "journal.json"  # in a directory whose conversion is not finished
-_META_KEYS = {*("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length")}
+_SUFFIXES = (".jsonl", ".json", ".tar", ".parquet", ".array_record")
+_META_KEYS = {
+    *("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length", "weight")
+}
+
+RepeatMode = Literal["exact", "internvl"]
 
 
 def open_source(
@@ -26,44 +35,61 @@ def open_source(
     root: str | None = None,
     max_tiles: int | None = None,
     prompt: str = PROMPT,
+    images_only: bool = False,
 ) -> Source:
     """Opens whatever `path` is, by suffix and content.
 
     A .jsonl, a .json list, .tar, .parquet, .array_record, a glob or a directory of one of the last
     three, a directory of images, 'tfds:NAME#SPLIT', or 'DIRECTORY#SPLIT' of a prepared TFDS data
-    set. `name` is the path's last part without suffixes by default, `root` (of relative image
-    paths) the file's directory; `prompt` is the user turn of a caption. UserError if nothing is
-    there or has no known format, and whatever the source raises.
+    set; local, or on gs:// and whatever else etils.epath knows.
+
+    Args:
+      path: What to open.
+      name: Name of the source, by default the path's last part without suffixes.
+      root: Directory of relative image paths, by default the file's.
+      max_tiles: Tile limit of its images, None for the run's default.
+      prompt: The user turn of a caption.
+      images_only: Records have all images of their rows and no turns; a row needs no caption, but
+        one without an image is an error.
+
+    Raises:
+      UserError: nothing is there or it has no known format, and whatever the source raises.
     """
     name = name or default_name(path)
-    base, _, split = path.partition("#")
-    if path.startswith("tfds:") or os.path.isfile(os.path.join(base, "dataset_info.json")):
-        return formats.TfdsSource(name, base, split or "train", max_tiles, prompt)
     suffix = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path):
-        if os.path.isfile(os.path.join(path, JOURNAL)):
+    base, _, split = path.partition("#")
+    if path.startswith("tfds:") or (
+        suffix not in _SUFFIXES and files.is_file(os.path.join(base, "dataset_info.json"))
+    ):
+        split = split or "train"
+        return TfdsSource(name, base, split, max_tiles, prompt=prompt, images_only=images_only)
+    if files.is_dir(path):
+        names = files.names_in(path)
+        if JOURNAL in names:
             raise UserError(f"{path}: an unfinished conversion; finish it with the same command")
-        kinds = {os.path.splitext(file)[1] for file in os.listdir(path)}
+        kinds = {os.path.splitext(file)[1] for file in names}
         found = [kind for kind in (".array_record", ".tar", ".parquet") if kind in kinds]
-        if not found and not os.path.isfile(os.path.join(path, MANIFEST)):
-            return readers.ImageFolder(name, path, max_tiles)
+        if not found and MANIFEST not in names:
+            return ImageFolder(name, path, max_tiles)
         if len(found) > 1:
             raise UserError(f"{path}: holds {' and '.join(found)} files; name one kind by a glob")
         suffix = found[0] if found else ".array_record"  # of which every row was rejected
     root = os.path.dirname(path) if root is None else root
     match suffix:
         case ".array_record":
-            return ArrayRecordSource(name, path, max_tiles=max_tiles)
+            return ArrayRecordSource(name, path, max_tiles=max_tiles, images_only=images_only)
         case ".tar":
-            return formats.Webdataset(name, path, max_tiles, prompt)
+            return Webdataset(name, path, max_tiles, prompt=prompt, images_only=images_only)
         case ".parquet":
-            return formats.Parquet(name, path, root, max_tiles, prompt)
+            return Parquet(name, path, root, max_tiles, prompt=prompt, images_only=images_only)
         case ".jsonl":
-            return readers.JsonlConversations(name, path, root, max_tiles)
+            return JsonlConversations(
+                name, path, root, max_tiles, prompt=prompt, images_only=images_only
+            )
         case ".json":
-            return formats.LlavaJson(name, path, root, max_tiles, prompt)
-    known = ".jsonl, .json, .tar, .parquet, .array_record, a directory or tfds:NAME#SPLIT"
-    raise UserError(f"{path}: no known format; use {known}")
+            return LlavaJson(name, path, root, max_tiles, prompt=prompt, images_only=images_only)
+    known = ", ".join(_SUFFIXES)
+    raise UserError(f"{path}: no known format; use {known}, a directory or tfds:NAME#SPLIT")
 
 
 def default_name(path: str) -> str:
@@ -73,6 +99,20 @@ def default_name(path: str) -> str:
     return re.sub(r"[^\w.-]+", "_", base).strip("_.") or "data"
 
 
+class Head:
+    """The first `count` records of a source."""
+
+    def __init__(self, source: Source, count: int):
+        self.name, self.max_tiles = source.name, source.max_tiles
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Record:
+        return self._source[position(i, self._count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class MetaEntry:
     """One data set of a meta file.
@@ -80,7 +120,10 @@ class MetaEntry:
     Attributes:
       name: Its key.
       source: Its conversations, with their tile limit.
-      repeat: How often an epoch has it; a fraction is meant as such, where InternVL rounds down.
+      repeat: How often an epoch has it; a fraction is meant as such, unless the meta file was
+        opened with `repeat_mode='internvl'`, which leaves whole numbers here.
+      weight: Its share of the samples relative to the other entries, whatever its size; None
+        where the meta file gives no weights.
       augment: Its images are recompressed at random quality when trained on.
       fingerprint: Names, sizes and times of its annotation files, and where the images are.
         Images are not looked at: a picture that was exchanged shows when it is read.
@@ -89,33 +132,44 @@ class MetaEntry:
     name: str
     source: Source
     repeat: float
+    weight: float | None
     augment: bool
     fingerprint: tuple[str, ...]
 
 
-def open_meta(path: str) -> list[MetaEntry]:
+def open_meta(path: str, repeat_mode: RepeatMode = "exact") -> list[MetaEntry]:
     """Opens InternVL's meta.json: {name: {root, annotation, repeat_time, max_dynamic_patch, ...}}.
 
-    An annotation is InternVL's jsonl or anything else that `open_source` opens.
+    An annotation is InternVL's jsonl or anything else that `open_source` opens. 'weight' is not
+    InternVL's: all entries have it or none.
 
     Relative paths that do not exist from the working directory are taken from the meta file's.
     'length' is ignored: the rows are counted.
 
+    Args:
+      path: The file.
+      repeat_mode: 'exact' means `repeat_time` as it says; 'internvl' as InternVL's code does: below
+        1 the first `int(rows * repeat_time)` rows are all there is, above it is rounded down.
+
     Raises:
       UserError: a missing or malformed file or entry, or an unknown key.
     """
-    try:
-        meta = json.loads(pathlib.Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(meta, dict) or not meta:
+    if repeat_mode not in get_args(RepeatMode):
+        known = ", ".join(get_args(RepeatMode))
+        raise UserError(f"repeat_mode must be one of {known}, got {repeat_mode!r}")
+    with files.reading(path), files.open_file(path) as f:
+        data = f.read()
+    meta = load_json(data, path)
+    if not meta:
         raise UserError(f"{path}: expected a JSON object of data sets")
-    return [_meta_entry(path, name, entry) for name, entry in meta.items()]
+    entries = [_meta_entry(path, name, entry, repeat_mode) for name, entry in meta.items()]
+    missing = [entry.name for entry in entries if entry.weight is None]
+    if 0 < len(missing) < len(entries):
+        raise UserError(f"{path}: {missing[0]!r} has no weight; give one to all entries or to none")
+    return entries
 
 
-def _meta_entry(path: str, name: str, entry: Any) -> MetaEntry:
+def _meta_entry(path: str, name: str, entry: Any, repeat_mode: RepeatMode) -> MetaEntry:
     where = f"{path}: {name!r}"
     if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
         raise UserError(f"{where}: expected an object with a path under 'annotation'")
@@ -124,9 +178,9 @@ def _meta_entry(path: str, name: str, entry: Any) -> MetaEntry:
     augment = entry.get("data_augment", False)
     if not isinstance(augment, bool):
         raise UserError(f"{where}: data_augment must be true or false, got {augment!r}")
-    repeat = entry.get("repeat_time", 1)
-    if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not repeat > 0:
-        raise UserError(f"{where}: repeat_time must be a positive number, got {repeat!r}")
+    repeat = _positive(entry.get("repeat_time", 1), "repeat_time", where)
+    weight = entry.get("weight")
+    weight = None if weight is None else _positive(weight, "weight", where)
     max_tiles = entry.get("max_dynamic_patch")
     if max_tiles is not None and (type(max_tiles) is not int or max_tiles < 1):
         raise UserError(f"{where}: max_dynamic_patch must be a positive integer, got {max_tiles!r}")
@@ -134,21 +188,39 @@ def _meta_entry(path: str, name: str, entry: Any) -> MetaEntry:
     if not isinstance(root, str):
         raise UserError(f"{where}: root must be a directory, got {root!r}")
     annotation, root = _resolve(entry["annotation"], path), _resolve(root, path)
-    if annotation.endswith(".jsonl"):
-        source: Source = readers.JsonlConversations(name, annotation, root, max_tiles)
-    else:
-        source = open_source(annotation, name, root=root, max_tiles=max_tiles)
-    return MetaEntry(name, source, float(repeat), augment, (*_state_of(annotation), root))
+    source = open_source(annotation, name, root=root, max_tiles=max_tiles)
+    if repeat_mode == "internvl" and repeat < 1:
+        count = int(len(source) * repeat)
+        if not count:
+            raise UserError(f"{where}: repeat_time {repeat} of {len(source)} rows leaves none")
+        source, repeat = Head(source, count), 1.0
+    elif repeat_mode == "internvl":
+        repeat = float(int(repeat))
+    return MetaEntry(name, source, repeat, weight, augment, (*states_of(annotation), root))
 
 
-def _state_of(path: str) -> tuple[str, ...]:
-    """(name, size, time) of a file, or of all files of a directory or glob."""
-    inside = glob.glob(os.path.join(glob.escape(path), "*"))
-    found = sorted({f for f in (path, *glob.glob(path), *inside) if os.path.isfile(f)})
-    stats = [(os.path.abspath(f), os.stat(f)) for f in found]
-    return tuple(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
+def _positive(value: Any, key: str, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= sys.float_info.max:
+        raise UserError(f"{where}: {key} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def states_of(path: str) -> tuple[str, ...]:
+    """What changes when a source does: names, sizes and times of its file or files.
+
+    `path` is as for `open_source`.
+    """
+    base, _, split = path.partition("#")
+    if path.startswith("tfds:"):
+        return (path,)
+    if files.exists(path):
+        base, split = path, ""
+    return (*map(str, files.states_of(base)), *([f"#{split}"] if split else []))
 
 
 def _resolve(path: str, meta: str) -> str:
-    """`os.path.join` keeps absolute paths as they are."""
-    return path if os.path.exists(path) else os.path.join(os.path.dirname(meta), path)
+    """From the working directory if it is there, else from the meta file's directory."""
+    if path.startswith("tfds:") or files.is_remote(path) or os.path.exists(path):
+        return path
+    return os.path.join(os.path.dirname(meta), path)
