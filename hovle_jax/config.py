@@ -209,7 +209,7 @@ class DataConfig:
     min_tiles: int = 1
     max_tiles: int = 12  # per image, before the thumbnail
     thumbnail: bool = True
-    window: int = 256  # samples packed together; larger fills rows better
+    window: int = 1024  # samples packed together; larger fills rows better
     max_sources: int = 64  # most data sources of a run; fixes the shape of per-source metrics
     max_bad: float = 0.0  # fraction of unreadable records that are left out and not an error
     index: str = ""  # directory of measured lengths, for runs that share data; '' = WORKDIR/index
