@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_data
+from hovle_jax import __version__, cli_bench, cli_data
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -192,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
         "data", help=cli_data.__doc__, description=cli_data.__doc__, allow_abbrev=False
     )
     cli_data.add_commands(data, load_config)
+
+    bench = commands.add_parser(
+        "bench", help=cli_bench.__doc__, description=cli_bench.__doc__, allow_abbrev=False
+    )
+    cli_bench.add_commands(bench, load_config)
 
     imported = add(
         "import",

@@ -73,7 +73,12 @@ ORDER = [
     "demo.standins",
     "demo.score",
     "demo.run",
+    "bench.packing",
+    "bench.synthetic",
+    "bench.demand",
+    "bench.data",
     "cli_data",
+    "cli_bench",
     "cli",
 ]
 

@@ -1,0 +1,1 @@
+"""`hovle bench`: how fast the parts are on this machine."""

@@ -1,0 +1,80 @@
+"""`hovle bench`: how fast the parts are on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hovle_jax.cli_data import Load, add_command
+
+
+def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
+    """Adds the subcommands of `hovle bench` to its parser."""
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+
+    data = add_command(
+        commands,
+        "data",
+        functools.partial(_data, load_config=load_config),
+        "Images, tiles and tokens per CPU core, where the time goes, how many cores a host needs.",
+        "hovle bench data --config=configs/stage3_instruct.py:hovle_2b --seconds 30",
+    )
+    data.add_argument("--config", default="", help="FILE.py[:VARIANT]; default: made-up data")
+    data.add_argument("--seconds", type=float, default=10.0, help="per kind of data")
+    data.add_argument("--workers", type=int, default=0, help="processes; 0: threads of this one")
+    data.add_argument("--mfu", type=float, default=0.5, help="of the device, without --plan")
+    data.add_argument("--plan", default="", metavar="FILE", help="what hovle plan --json wrote")
+
+    packing = add_command(
+        commands,
+        "packing",
+        _packing,
+        "How full rows get: the plan, first fit and InternVL's buffer on one made-up stream.",
+        "hovle bench packing --tokens 8192",
+    )
+    packing.add_argument("--samples", type=int, default=50_000)
+    packing.add_argument("--tokens", type=int, default=16_384, help="of a row")
+    packing.add_argument("--tiles", type=int, default=0, help="of a row; 0: suggested")
+    packing.add_argument("--window", type=int, default=1024, help="samples packed together")
+    packing.add_argument("--buffer", type=int, default=20, help="open rows of InternVL's packing")
+    packing.add_argument("--seed", type=int, default=0)
+
+    for command in (data, packing):
+        command.add_argument("--json", default="", metavar="FILE")
+
+
+def _data(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.bench import data
+
+    if rest and not args.config:
+        return _unknown(rest)
+    config = load_config(args.config, rest) if args.config else None
+    report = data.run_data(config, args.seconds, args.workers, args.mfu, args.plan)
+    return _show(report, data.data_text(report), args.json)
+
+
+def _packing(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from hovle_jax.bench import packing
+
+    if rest:
+        return _unknown(rest)
+    limits = (args.samples, args.tokens, args.tiles, args.window)
+    report = packing.run_packing(*limits, args.seed, args.buffer)
+    return _show(report, packing.packing_text(report), args.json)
+
+
+def _unknown(rest: Sequence[str]) -> int:
+    print(f"hovle bench: unknown argument {rest[0]}", file=sys.stderr)
+    return 2
+
+
+def _show(report: dict[str, Any], text: str, path: str) -> int:
+    print(text)
+    if path:
+        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    return 0
