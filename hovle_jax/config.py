@@ -197,7 +197,8 @@ class DataConfig:
     """
 
     meta: str = ""  # InternVL meta.json: the conversations of stages II and III
-    images: tuple[str, ...] = ()  # image folders: the unpaired images of stage I
+    repeat_mode: str = "exact"  # of repeat_time in `meta`: exact | internvl (rounds down)
+    images: tuple[str, ...] = ()  # unpaired images of stage I: folders, tars, parquet, ...
     text: str = ""  # stage I: token shards, or a txt or jsonl file; '' = uniformly random ids
     text_ratio: float = 1.0  # stage I: text tokens per image token
     tokenizer: str = ""  # directory with tokenizer.model and added_tokens.json
@@ -221,6 +222,7 @@ class DataConfig:
         for name in ("rows", "tokens", "window"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1")
+        _one_of("data.repeat_mode", self.repeat_mode, ("exact", "internvl"))
         _one_of("data.too_long", self.too_long, ("error", "cut", "drop"))
         if self.holdout < 0 or self.holdout == 1:
             raise UserError("data.holdout must be 0, or at least 2")

@@ -139,6 +139,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "data.index",
         "data.meta",  # the cursor knows its sources by name: another mixture goes on from it
         "data.images",
+        "data.repeat_mode",
         "data.max_bad",
         "data.max_sources",
         "model.remat",

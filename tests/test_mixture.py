@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hovle_jax.config import IGNORE
-from hovle_jax.data.mixture import Phase, Shares, Stream, phases_from
+from hovle_jax.data.mixture import Phase, Shares, Shuffled, Stream, phases_from
 from hovle_jax.data.pipeline import Pipeline, Split, global_row
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
@@ -43,6 +43,28 @@ def test_shares_hold_at_any_distance():
     counts, following = shares.counts(n), shares.counts(n + 1)
     assert before == counts[source] and following[source] == before + 1
     assert sum(counts) == n and sum(following) == n + 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
+def test_shuffling_permutes_every_epoch(size):
+    order = Shuffled(size, seed=3)
+    epochs = [[order[e * size + i] for i in range(size)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert size < 4 or len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_shuffling_has_no_pattern():
+    """Places, neighbours, epochs and seeds: each statistic within five standard deviations."""
+    size, epochs = 10, 3000
+    seen = np.array([[Shuffled(size, s)[e * size + i] for i in range(size)]
+                     for s in range(10) for e in range(epochs // 10)])  # fmt: skip
+    places = np.array([np.bincount(seen[:, i], minlength=size) for i in range(size)])
+    expected = epochs / size
+    freedom = (size - 1) ** 2
+    assert abs(((places - expected) ** 2 / expected).sum() - freedom) < 5 * (2 * freedom) ** 0.5
+    big = np.array([[Shuffled(997, s)[i] for i in range(997)] for s in range(8)])
+    for a, b in ((big[:, :-1], big[:, 1:]), (big[0], big[1]), (big[0], np.arange(997))):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size)
 
 
 def stream_of(sizes: dict[str, int], weights: dict[str, float] | None = None, seed: int = 5):

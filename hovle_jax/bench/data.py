@@ -105,7 +105,8 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
     stage, data = get_stage(config.stage), config.data
     sources, tokenizer = _records(config, stage.data), Tokenizer.load(data.tokenizer)
     seconds: dict[str, float] = {}
-    plan = pipeline.plan(START)
+    reader, _ = pipeline.reader()
+    plan = reader.plan()
     plan.rows(0)  # opens what is opened once
     with timed(seconds, "plan"):
         planned = plan.rows(1)
@@ -114,14 +115,14 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
     for draws in planned:
         row = []
         for draw in draws:
-            source, i = pipeline.stream[draw]
+            source, i = reader.origin(draw)
             record, tiler = sources[source][i], Tiler(config.model, data, sources[source].max_tiles)
             counts = _pixels(seconds, record, tiler)
             with timed(seconds, "tokenise"):
                 if record.turns:
                     _encode(config, tokenizer, record, counts)
             with timed(seconds, "sample"):
-                row.append(pipeline.sources[source].sample(i, draw))
+                row.append(pipeline.sources[source].sample(i, reader.stream[draw].seen))
         with timed(seconds, "assemble"):
             assembled = assemble(
                 row,

@@ -12,6 +12,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from hovle_jax.data import files
 from hovle_jax.errors import UserError
 
 # What Pillow raises on bytes that are no image, are cut short, or are absurdly large.
@@ -27,7 +28,7 @@ def open_image(ref: str | bytes, where: str) -> Image.Image:
       UserError: missing, unreadable, corrupt or truncated; the message starts with `where`.
     """
     try:
-        with Image.open(_source(ref)) as image:
+        with Image.open(_source(ref, where)) as image:
             if image.mode != "RGB":
                 return image.convert("RGB")
             image.load()  # `convert` would copy the pixels
@@ -39,13 +40,15 @@ def open_image(ref: str | bytes, where: str) -> Image.Image:
 def image_size_of(ref: str | bytes, where: str) -> tuple[int, int]:
     """(width, height) from the header alone; errors as `open_image`, except for truncated data."""
     try:
-        with Image.open(_source(ref)) as image:
+        with Image.open(_source(ref, where)) as image:
             return image.size
     except _DECODE_ERRORS as e:
         raise _image_error(ref, where, e) from e
 
 
-def _source(ref: str | bytes) -> str | io.BytesIO:
+def _source(ref: str | bytes, where: str) -> str | io.BytesIO:
+    if isinstance(ref, str) and files.is_remote(ref):
+        ref = files.read_bytes(ref, where)
     return io.BytesIO(ref) if isinstance(ref, bytes) else ref
 
 

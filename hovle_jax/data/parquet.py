@@ -88,7 +88,7 @@ class Parquet:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    parquet = _pyarrow()
+    parquet = import_pyarrow()
     with contextlib.ExitStack() as stack:
         source: Any = path
         if files.is_remote(path):
@@ -96,7 +96,7 @@ def _opened(path: str) -> Iterator[Any]:
         yield stack.enter_context(parquet.ParquetFile(source))
 
 
-def _pyarrow() -> Any:
+def import_pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as e:

@@ -28,7 +28,7 @@ from hovle_jax.data import image
 from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.mixture import Draw, Phase, Stream, phases_from
 from hovle_jax.data.pack import Plan, assemble
-from hovle_jax.data.readers import ImageFolder, TextLines
+from hovle_jax.data.readers import TextLines
 from hovle_jax.data.samples import (
     Conversations,
     Sample,
@@ -36,7 +36,7 @@ from hovle_jax.data.samples import (
     UnpairedImages,
     check_tokenizer,
 )
-from hovle_jax.data.sources import open_meta
+from hovle_jax.data.sources import open_images, open_meta
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
@@ -48,24 +48,24 @@ HostBatch = dict[str, np.ndarray]
 
 def open_sources(
     config: RunConfig, kind: str, tokenizer: Tokenizer
-) -> tuple[list[SampleSource], list[float]]:
+) -> tuple[Sequence[SampleSource], list[float]]:
     """The stage's sample sources and how many samples each gives, relative to the others."""
     data, model = config.data, config.model
     check_tokenizer(tokenizer, model)
-    if kind == "unpaired":
-        if not data.images:
-            raise UserError(f"config.data.images: stage {config.stage!r} needs image folders")
-        text = _open_text(data.text, tokenizer)
-        folders = [ImageFolder(path, path) for path in data.images]
-        sources: list[SampleSource] = [
-            UnpairedImages(f, text, tokenizer, model, data, config.seed) for f in folders
-        ]
-        return sources, [float(len(s)) for s in sources]
-    if not data.meta:
-        raise UserError(f"config.data.meta: stage {config.stage!r} needs a meta.json")
-    entries = open_meta(data.meta)
-    sources = [Conversations(e, tokenizer, model, data, config.seed) for e in entries]
-    return sources, [len(e.source) * e.repeat for e in entries]
+    unpaired = kind == "unpaired"
+    if unpaired and data.images:
+        entries = [open_images(path) for path in data.images]
+    elif data.meta:
+        entries = open_meta(data.meta, data.repeat_mode, images_only=unpaired)
+    else:
+        key = "images, or config.data.meta," if unpaired else "meta"
+        raise UserError(f"config.data.{key}: stage {config.stage!r} has no data")
+    shares = [len(e.source) * e.repeat if e.weight is None else e.weight for e in entries]
+    if not unpaired:
+        return [Conversations(e, tokenizer, model, data, config.seed) for e in entries], shares
+    text = _open_text(data.text, tokenizer)
+    images = [UnpairedImages(e, text, tokenizer, model, data, config.seed) for e in entries]
+    return images, shares
 
 
 def _open_text(path: str, tokenizer: Tokenizer) -> TextLines | TokenShards | None:
@@ -117,7 +117,7 @@ class Reader:
 
     config: RunConfig
     weights: str  # of answer tokens (pack.TOKEN_WEIGHTS)
-    sources: list[SampleSource]
+    sources: Sequence[SampleSource]
     lengths: list[Lengths]
     splits: list[Split]
     stream: Stream | OnePass

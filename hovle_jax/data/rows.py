@@ -43,7 +43,7 @@ ROW_KEYS = (
 Image = str | bytes  # a path, or encoded
 _T = TypeVar("_T")
 
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlist = 12
@@ -130,7 +130,7 @@ def make_record(
     elif len(images) == 1:
         turns = _marked(turns)
     texts = [turn.text for turn in turns] + [x for x in images if isinstance(x, str)]
-    if any(_SURROGATE.search(text) for text in texts):  # JSON can spell it, nothing can encode it
+    if any(SURROGATE.search(text) for text in texts):  # JSON can spell it, nothing can encode it
         raise UserError(f"{where}: half a surrogate pair is not valid Unicode")
     record = Record(turns, images, where)
     if not images_only:

@@ -18,7 +18,7 @@ from PIL import Image
 from hovle_jax.config import IGNORE, DataConfig, ModelConfig
 from hovle_jax.data import image
 from hovle_jax.data.chat import TEMPLATES, Encoded, Template, encode_conversation
-from hovle_jax.data.readers import ImageFolder, TextLines
+from hovle_jax.data.readers import TextLines
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.sources import MetaEntry
 from hovle_jax.data.token_shards import TokenShards
@@ -244,7 +244,8 @@ def _seed(seed: int, name: str) -> tuple[int, int]:
 
 
 class UnpairedImages:
-    """Stage I: an image and unrelated text in one causal sequence, in random order (spec 4.4).
+    """Stage I: images of a record and unrelated text in one causal sequence, in random order
+    (spec 4.4). Turns of the record are not read.
 
     The text is a run of `text_ratio` tokens per image token: uniformly random ordinary ids, a span
     of token shards from a random token on, or lines of a text file from a random line on.
@@ -252,20 +253,20 @@ class UnpairedImages:
 
     def __init__(
         self,
-        source: ImageFolder,
+        entry: MetaEntry,
         text: TextLines | TokenShards | None,
         tokenizer: Tokenizer,
         model: ModelConfig,
         data: DataConfig,
         seed: int,
     ):
-        self.name = source.name
-        self._source = source
+        self.name = entry.name
+        self._source, self._fingerprint = entry.source, entry.fingerprint
         self._text = text
         self._tokenizer = tokenizer
         self._tokens_per_tile = model.tokens_per_tile
         self._ratio = data.text_ratio
-        self._tiler = Tiler(model, data, source.max_tiles)
+        self._tiler = Tiler(model, data, entry.source.max_tiles)
         self._seed = _seed(seed, self.name)
         special = tokenizer.special_ids | {0}
         self._ordinary = np.array([i for i in range(tokenizer.vocab_size) if i not in special])
@@ -275,7 +276,7 @@ class UnpairedImages:
 
     def fingerprint(self) -> tuple[str, ...]:
         settings = (self._ratio, self._tokens_per_tile, self._tiler.settings)
-        return (*self._source.fingerprint(), repr(settings))
+        return (*self._fingerprint, repr(settings))
 
     def measure(self, i: int) -> Length:
         tiles = self._tiler.counts(self._source[i])

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from typing import Any, Literal, get_args
+from typing import Any
 
 from hovle_jax.data import files
 from hovle_jax.data.array_record import MANIFEST, ArrayRecordSource
@@ -25,7 +25,7 @@ _META_KEYS = {
     *("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length", "weight")
 }
 
-RepeatMode = Literal["exact", "internvl"]
+REPEAT_MODES = ("exact", "internvl")
 
 
 def open_source(
@@ -137,7 +137,16 @@ class MetaEntry:
     fingerprint: tuple[str, ...]
 
 
-def open_meta(path: str, repeat_mode: RepeatMode = "exact") -> list[MetaEntry]:
+def open_images(path: str) -> MetaEntry:
+    """Opens the images of whatever `open_source` opens, for a mixture; named by the path."""
+    source = open_source(path, path, images_only=True)
+    inside = source.fingerprint() if isinstance(source, ImageFolder) else states_of(path)
+    return MetaEntry(path, source, 1.0, None, False, tuple(map(str, inside)))
+
+
+def open_meta(
+    path: str, repeat_mode: str = "exact", *, images_only: bool = False
+) -> list[MetaEntry]:
     """Opens InternVL's meta.json: {name: {root, annotation, repeat_time, max_dynamic_patch, ...}}.
 
     An annotation is InternVL's jsonl or anything else that `open_source` opens. 'weight' is not
@@ -150,26 +159,27 @@ def open_meta(path: str, repeat_mode: RepeatMode = "exact") -> list[MetaEntry]:
       path: The file.
       repeat_mode: 'exact' means `repeat_time` as it says; 'internvl' as InternVL's code does: below
         1 the first `int(rows * repeat_time)` rows are all there is, above it is rounded down.
+      images_only: As for `open_source`.
 
     Raises:
       UserError: a missing or malformed file or entry, or an unknown key.
     """
-    if repeat_mode not in get_args(RepeatMode):
-        known = ", ".join(get_args(RepeatMode))
+    if repeat_mode not in REPEAT_MODES:
+        known = ", ".join(REPEAT_MODES)
         raise UserError(f"repeat_mode must be one of {known}, got {repeat_mode!r}")
     with files.reading(path), files.open_file(path) as f:
         data = f.read()
     meta = load_json(data, path)
     if not meta:
         raise UserError(f"{path}: expected a JSON object of data sets")
-    entries = [_meta_entry(path, name, entry, repeat_mode) for name, entry in meta.items()]
+    entries = [_meta_entry(path, *item, repeat_mode, images_only) for item in meta.items()]
     missing = [entry.name for entry in entries if entry.weight is None]
     if 0 < len(missing) < len(entries):
         raise UserError(f"{path}: {missing[0]!r} has no weight; give one to all entries or to none")
     return entries
 
 
-def _meta_entry(path: str, name: str, entry: Any, repeat_mode: RepeatMode) -> MetaEntry:
+def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only: bool) -> MetaEntry:
     where = f"{path}: {name!r}"
     if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
         raise UserError(f"{where}: expected an object with a path under 'annotation'")
@@ -188,7 +198,7 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: RepeatMode) -> Me
     if not isinstance(root, str):
         raise UserError(f"{where}: root must be a directory, got {root!r}")
     annotation, root = _resolve(entry["annotation"], path), _resolve(root, path)
-    source = open_source(annotation, name, root=root, max_tiles=max_tiles)
+    source = open_source(annotation, name, root=root, max_tiles=max_tiles, images_only=images_only)
     if repeat_mode == "internvl" and repeat < 1:
         count = int(len(source) * repeat)
         if not count:

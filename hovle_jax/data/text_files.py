@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
-from hovle_jax.data import formats
-from hovle_jax.errors import UserError
+from hovle_jax.data.parquet import import_pyarrow
+from hovle_jax.data.rows import SURROGATE, load_json
+from hovle_jax.errors import UserError, one_line
 
 SUFFIXES = (
     *(f".{kind}{packed}" for kind in ("txt", "jsonl") for packed in ("", ".gz", ".zst")),
@@ -65,7 +66,7 @@ def find(inputs: list[str], out: str) -> list[File]:
     if twice := [name for name, n in collections.Counter(files).items() if n > 1]:
         raise UserError(f"{twice[0]}: named twice; name every file once")
     # Fail for want of a package now, not hours later.
-    for suffix, load in ((".zst", _zstandard), (".parquet", formats._pyarrow)):
+    for suffix, load in ((".zst", _zstandard), (".parquet", import_pyarrow)):
         if any(name.endswith(suffix) for name in files):
             load()
     with concurrent.futures.ThreadPoolExecutor(32) as pool:  # a bucket takes its time for each
@@ -105,7 +106,7 @@ def _stat(name: str) -> File:
 
 
 def _unreadable(where: str, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or formats.one_line(error)
+    reason = getattr(error, "strerror", None) or one_line(error)
     return UserError(f"{where}: cannot be read ({reason})")
 
 
@@ -163,7 +164,7 @@ def _lines(raw: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
 def _column(raw: BinaryIO, key: str, name: str) -> Iterator[tuple[int, bytes | None]]:
     import pyarrow
 
-    file = formats._pyarrow().ParquetFile(raw)
+    file = import_pyarrow().ParquetFile(raw)
     if key not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise UserError(f"{name}: no column {key!r}; the key must be one of {names}")
@@ -183,12 +184,12 @@ def text_of(data: bytes | None, kind: str, key: str) -> str:
     if data is not None and len(data) > MAX_ROW:
         raise UserError(f"longer than {MAX_ROW >> 20} MiB; divide it")
     if data is not None and kind == "jsonl":
-        text = formats.load_json(data, "row").get(key)
+        text = load_json(data, "row").get(key)
     else:
         text = None if data is None else data.decode()
     if not isinstance(text, str):
         raise UserError(f"no string under {key!r}")
-    if formats._SURROGATE.search(text):  # JSON can spell it, nothing can encode it
+    if SURROGATE.search(text):  # JSON can spell it, nothing can encode it
         raise UserError("half a surrogate pair is not valid Unicode")
     return text.strip("\r\n") if kind == "txt" else text
 

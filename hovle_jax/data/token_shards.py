@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from hovle_jax.data import formats
 from hovle_jax.data.array_record import MANIFEST
-from hovle_jax.data.formats import one_line
+from hovle_jax.data.records import position
+from hovle_jax.data.rows import load_json
 from hovle_jax.data.sources import JOURNAL
 from hovle_jax.data.tokenizer import Tokenizer
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 
 VERSION = 1
 IDS, ENDS = np.dtype("<i4"), np.dtype("<i8")
@@ -50,7 +50,7 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
     path = os.path.join(directory, MANIFEST)
     if not os.path.isfile(path):
         return None
-    manifest = formats.load_json(pathlib.Path(path).read_bytes(), path)
+    manifest = load_json(pathlib.Path(path).read_bytes(), path)
     try:
         shards, config = manifest["shards"], manifest["config"]
         ok = manifest["version"] == VERSION and manifest["dtype"] == IDS.str and len(shards) > 0
@@ -117,7 +117,7 @@ class TokenShards:
           IndexError: `start` is not in [-len, len).
           UserError: a shard has changed and holds ids that the tokenizer has not.
         """
-        at = formats.position(start, len(self))
+        at = position(start, len(self))
         out = np.empty(count, np.int32)
         done = 0
         while done < count:
@@ -133,7 +133,7 @@ class TokenShards:
 
     def document(self, i: int) -> np.ndarray:
         """int32 [tokens] of document `i`; IndexError if there is none."""
-        i = formats.position(i, self.num_documents)
+        i = position(i, self.num_documents)
         shard = int(np.searchsorted(self._documents, i, side="right")) - 1
         ends, n = self._map(shard, ends=True), i - int(self._documents[shard])
         start = int(ends[n - 1]) if n else 0

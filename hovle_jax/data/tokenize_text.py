@@ -22,10 +22,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from hovle_jax.data import convert, formats, text_files
+from hovle_jax.data import convert, text_files
 from hovle_jax.data.array_record import MANIFEST
 from hovle_jax.data.convert import REJECTS
-from hovle_jax.data.formats import one_line
+from hovle_jax.data.rows import load_json
 from hovle_jax.data.sources import JOURNAL
 from hovle_jax.data.text_files import Batch, File
 from hovle_jax.data.token_shards import (
@@ -38,7 +38,7 @@ from hovle_jax.data.token_shards import (
     shard_sizes,
 )
 from hovle_jax.data.tokenizer import Tokenizer
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 from hovle_jax.metrics import Progress
 
 
@@ -224,7 +224,7 @@ class _Job:
         path = os.path.join(self._dir, JOURNAL)
         shards: list[dict[str, Any]] = []
         if os.path.isfile(path):
-            journal = formats.load_json(pathlib.Path(path).read_bytes(), path)
+            journal = load_json(pathlib.Path(path).read_bytes(), path)
             shards = journal["shards"]
             last = shards[-1]["file"] if shards else 0
             _check(self._dir, journal, self._config, last)
