@@ -105,6 +105,7 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     )
     index.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     index.add_argument("--out", required=True, metavar="DIR")
+    index.add_argument("--workers", type=int, default=0, help="processes that measure")
 
     inspect = add(
         "inspect",
@@ -209,7 +210,9 @@ def _index(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
     stage = get_stage(config.stage)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     out = Path(args.out)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, index=out)
+    pipeline = Pipeline(
+        config, stage.data, stage.token_weights, tokenizer, index=out, workers=args.workers
+    )
     for source, lengths in zip(pipeline.sources, pipeline.lengths, strict=True):
         print(f"{source.name}: {len(lengths):,} records")
     print(f"use it by --config.data.index={out}")

@@ -216,6 +216,7 @@ class DataConfig:
     holdout: int = 0  # every n-th record of each source is kept for evaluation; 0 = none
     max_bad: float = 0.0  # fraction of unreadable records that are left out and not an error
     index: str = ""  # directory of measured lengths, for runs that share data; '' = WORKDIR/index
+    timeout: float = 600.0  # seconds to wait for the slowest host's batch before the run ends
     workers: int = 0  # grain worker processes; 0 = threads of this process
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.hosts import DataBarrier
 from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
 from hovle_jax.metrics import MetricLog, Progress
 from hovle_jax.optim import make_optimizer
@@ -95,12 +96,14 @@ def train(
         log = MetricLog(workdir / "metrics.jsonl", int(state.step))
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
         place = sharding.batch_sharding(mesh)
+        barrier = DataBarrier(config.data.timeout)
         reporter = _Reporter(log, None if quiet else progress, pipeline.names)
         with _sigterm() as terminated:
             for step in range(int(state.step) + 1, config.steps + 1):
                 begin = time.monotonic()
                 try:
                     host_batch, following = next(batches)
+                    barrier.wait(step)
                 except UserError:  # a bad record costs no step that is done
                     if step - 1 not in (0, checkpoints.latest()):
                         reporter.flush()
@@ -141,6 +144,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "data.images",
         "data.repeat_mode",
         "data.max_bad",
+        "data.timeout",
         "data.max_sources",
         "model.remat",
         "model.attention",

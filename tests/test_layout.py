@@ -66,6 +66,7 @@ ORDER = [
     "hf.writer",
     "hf.export",
     "chat",
+    "hosts",
     "train",
     "demo.digits",
     "demo.report",

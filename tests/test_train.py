@@ -92,6 +92,30 @@ def test_metrics_have_every_step_once_and_the_promised_columns(stages):
     assert 0.5 < rows[0]["token_fill"] <= 1
 
 
+def test_a_run_goes_on_with_another_mixture_and_reports_every_source(world, stages, tmp_path):
+    """Losses and counts of the sources are those of the whole; a new source joins in mid-run."""
+    entry = json.loads((world.root / "meta.json").read_text())["colours"]
+    entry |= {k: str(world.root / entry[k]) for k in ("root", "annotation")}
+
+    def config(steps: int, **entries):
+        path = tmp_path / f"{steps}.json"
+        path.write_text(json.dumps(entries))
+        previous = str(stages / "distill")
+        return world.config("align", steps=steps, data__meta=str(path), init__previous=previous)
+
+    train(config(3, first=entry), tmp_path / "run")
+    train(config(6, first=entry, second=entry), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert not any("source/second/tokens" in r for r in rows[:3])
+    assert rows[-1]["source/second/samples"] > 0 < rows[-1]["source/first/samples"]
+    for row in rows:
+        names = [n for n in ("first", "second") if f"source/{n}/tokens" in row]
+        assert sum(row[f"source/{n}/tokens"] for n in names) == row["tokens"]
+        losses = [row[f"source/{n}/loss/next_token"] for n in names]
+        assert min(losses) - 1e-4 <= row["loss/next_token"] <= max(losses) + 1e-4
+
+
 class Killed(Exception):
     pass
 
