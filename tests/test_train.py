@@ -222,6 +222,9 @@ def test_sigterm_saves_and_exits_75_and_kill_loses_nothing_saved(world, stages, 
     assert saved is not None and saved >= 5
     process = _spawn(config, workdir)
     _wait_for_step(workdir, saved + 25, process)
+    deadline = time.monotonic() + 60
+    while open_stored(workdir).step == saved and time.monotonic() < deadline:
+        time.sleep(0.05)  # saves are finalised behind the steps
     process.kill()
     process.communicate(timeout=60)
     assert open_stored(workdir).step > saved, "the checkpoint of a later step was finalised"
