@@ -49,6 +49,14 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlist = 12
 
 
+def _shown(value: Any) -> str:
+    """A value as an error message can hold it: short, and on one line."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a huge {type(value).__name__}"
+
+
 def load_json(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a row; UserError if it is none, or has a key twice."""
 
@@ -57,7 +65,7 @@ def load_json(data: bytes, where: str) -> dict[str, Any]:
         if len(found) < len(pairs):  # json would keep the last without a word
             names = [key for key, _ in pairs]
             twice = next(key for key in names if names.count(key) > 1)
-            raise UserError(f"{where}: the key {_SHORT.repr(twice)} is there twice; keep one")
+            raise UserError(f"{where}: the key {_shown(twice)} is there twice; keep one")
         return found
 
     try:
@@ -103,7 +111,7 @@ def make_record(
     """
     # img2dataset keeps the rows of failed downloads, caption included.
     if row.get("status") not in (None, "success"):
-        status, reason = _SHORT.repr(row["status"]), _SHORT.repr(row.get("error_message"))
+        status, reason = _shown(row["status"]), _shown(row.get("error_message"))
         raise UserError(f"{where}: status is {status}, not 'success' ({reason})")
     for key in _OTHER_MEDIA:
         if row.get(key):
@@ -123,7 +131,7 @@ def make_record(
     images = _choose(named, inline, beside, where)
     if images_only:
         if not images:
-            raise UserError(f"{where}: no image; its keys are {_SHORT.repr(sorted(row))}")
+            raise UserError(f"{where}: no image; its keys are {_shown(sorted(row))}")
         turns = ()
     elif turns is None:
         turns = _captioned(row, len(images), prompt, where)
@@ -161,16 +169,16 @@ def _image(value: Any, root: str, where: str) -> Image:
         if not value or not isinstance(data, bytes | None):
             raise UserError(f"{where}: an image has neither bytes nor a path")
     if not isinstance(value, str | bytes) or not value:
-        got = _SHORT.repr(value)
+        got = _shown(value)
         raise UserError(f"{where}: 'image' must be a path or a list of paths, got {got}")
     if isinstance(value, bytes):
         return value
     if value[:5].lower() == "data:":
         return _data_uri(value, where)
     if value[:8].lower().startswith(("http://", "https://")):
-        raise UserError(f"{where}: {_SHORT.repr(value)} is not fetched; download the image")
+        raise UserError(f"{where}: {_shown(value)} is not fetched; download the image")
     if "\0" in value:
-        raise UserError(f"{where}: the image path {_SHORT.repr(value)} has a zero byte")
+        raise UserError(f"{where}: the image path {_shown(value)} has a zero byte")
     return files.join(root, value.removeprefix("file://"))
 
 
@@ -181,7 +189,7 @@ def _data_uri(uri: str, where: str) -> bytes:
     except (binascii.Error, ValueError):
         decoded = b""
     if not decoded:
-        got = _SHORT.repr(uri)
+        got = _shown(uri)
         raise UserError(f"{where}: {got} is no image as 'data:image/...;base64,...'")
     return decoded
 
@@ -191,17 +199,17 @@ def _conversation(
 ) -> tuple[tuple[Turn, ...], tuple[Image | None, ...]]:
     """The turns, and per image part what it names: None where it takes the row's next image."""
     if not isinstance(messages, list):
-        raise UserError(f"{where}: {key!r} must be a list of turns, got {_SHORT.repr(messages)}")
+        raise UserError(f"{where}: {key!r} must be a list of turns, got {_shown(messages)}")
     turns: list[Turn] = []
     inline: list[Image | None] = []
     for message in messages:
         if not isinstance(message, dict):
-            got = _SHORT.repr(message)
+            got = _shown(message)
             raise UserError(f"{where}: a turn must be a JSON object, got {got}")
         role = _only({k: message[k] for k in _ROLE_KEYS if _has(message, k)}, where)
         if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(_ROLES)
-            raise UserError(f"{where}: unknown role {_SHORT.repr(role)}; use one of {known}")
+            raise UserError(f"{where}: unknown role {_shown(role)}; use one of {known}")
         text = _only({k: message[k] for k in _TEXT_KEYS if _has(message, k)}, where)
         if isinstance(text, list):
             text, images = _joined(text, root, where)
@@ -231,7 +239,7 @@ def _joined(parts: list[Any], root: str, where: str) -> tuple[str, list[Image | 
         elif kind == "text" and isinstance(part.get("text"), str) and not value:
             text += part["text"]
         else:
-            got = _SHORT.repr(part)
+            got = _shown(part)
             raise UserError(f"{where}: content part {got} is neither a text nor an image")
     return text, images
 
@@ -264,7 +272,7 @@ def _captioned(row: Mapping[str, Any], images: int, prompt: str, where: str) -> 
     if not isinstance(caption, str):
         raise UserError(
             f"{where}: no caption (a string under 'caption' or 'text') and no 'conversations'; "
-            f"its keys are {_SHORT.repr(sorted(row))}"
+            f"its keys are {_shown(sorted(row))}"
         )
     if images != 1:
         raise UserError(f"{where}: a caption needs one image, the row has {images}")
