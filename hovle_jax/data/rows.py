@@ -12,7 +12,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from hovle_jax.data import files
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Role, Turn, validate
@@ -41,7 +41,6 @@ ROW_KEYS = (
 )
 
 Image = str | bytes  # a path, or encoded
-_T = TypeVar("_T")
 
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SHORT = reprlib.Repr()
@@ -116,18 +115,18 @@ def make_record(
     for key in _OTHER_MEDIA:
         if row.get(key):
             raise UserError(f"{where}: {key} is not supported; delete the row")
-    lists = {
-        key: _images(row[key], root, where)
-        for key in _IMAGE_KEYS
-        if row.get(key) is not None and row[key] not in ("", [])
-    }
-    named = _only(lists, where) or ()
+    keys = [key for key in _IMAGE_KEYS if _has(row, key) and row[key] not in ("", [])]
+    lists = [_images(row[key], root, where) for key in keys]
+    _agree(lists, keys, where)
+    named = lists[0] if lists else ()
     turns: tuple[Turn, ...] | None = None
     inline: tuple[Image | None, ...] = ()
     # Of a row that is read for its images the conversation need not be in order.
     if not (images_only and (named or beside)):
-        talks = {k: _conversation(row[k], k, root, where) for k in _TALK_KEYS if _has(row, k)}
-        turns, inline = _only(talks, where) or (None, ())
+        keys = [key for key in _TALK_KEYS if _has(row, key)]
+        talks = [_conversation(row[key], key, root, where) for key in keys]
+        _agree(talks, keys, where)
+        turns, inline = talks[0] if talks else (None, ())
     images = _choose(named, inline, beside, where)
     if images_only:
         if not images:
@@ -150,12 +149,17 @@ def _has(row: Mapping[str, Any], key: str) -> bool:
     return row.get(key) is not None
 
 
-def _only(found: Mapping[str, _T], where: str) -> _T | None:
-    """The value that all of several keys agree on; None where there is no key."""
-    values = list(found.values())
+def _one_of(fields: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
+    """The value under one of several keys; None where there is none."""
+    found = [fields[key] for key in keys if fields.get(key) is not None]
+    if len(found) > 1:
+        _agree(found, [key for key in keys if _has(fields, key)], where)
+    return found[0] if found else None
+
+
+def _agree(values: Sequence[Any], keys: Sequence[str], where: str) -> None:
     if any(value != values[0] for value in values):
-        raise UserError(f"{where}: {' and '.join(map(repr, found))} differ; keep one of them")
-    return values[0] if values else None
+        raise UserError(f"{where}: {' and '.join(map(repr, keys))} differ; keep one of them")
 
 
 def _images(value: Any, root: str, where: str) -> tuple[Image, ...]:
@@ -206,11 +210,11 @@ def _conversation(
         if not isinstance(message, dict):
             got = _shown(message)
             raise UserError(f"{where}: a turn must be a JSON object, got {got}")
-        role = _only({k: message[k] for k in _ROLE_KEYS if _has(message, k)}, where)
+        role = _one_of(message, _ROLE_KEYS, where)
         if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(_ROLES)
             raise UserError(f"{where}: unknown role {_shown(role)}; use one of {known}")
-        text = _only({k: message[k] for k in _TEXT_KEYS if _has(message, k)}, where)
+        text = _one_of(message, _TEXT_KEYS, where)
         if isinstance(text, list):
             text, images = _joined(text, root, where)
             if images and _ROLES[role] != "user":
