@@ -12,7 +12,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from hovle_jax.data import files
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Role, Turn, validate
@@ -41,12 +41,19 @@ ROW_KEYS = (
 )
 
 Image = str | bytes  # a path, or encoded
-_T = TypeVar("_T")
 
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlist = 12
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message can hold it: short, and on one line."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a huge {type(value).__name__}"
 
 
 def load_json(data: bytes, where: str) -> dict[str, Any]:
@@ -57,7 +64,7 @@ def load_json(data: bytes, where: str) -> dict[str, Any]:
         if len(found) < len(pairs):  # json would keep the last without a word
             names = [key for key, _ in pairs]
             twice = next(key for key in names if names.count(key) > 1)
-            raise UserError(f"{where}: the key {_SHORT.repr(twice)} is there twice; keep one")
+            raise UserError(f"{where}: the key {_shown(twice)} is there twice; keep one")
         return found
 
     try:
@@ -103,27 +110,27 @@ def make_record(
     """
     # img2dataset keeps the rows of failed downloads, caption included.
     if row.get("status") not in (None, "success"):
-        status, reason = _SHORT.repr(row["status"]), _SHORT.repr(row.get("error_message"))
+        status, reason = _shown(row["status"]), _shown(row.get("error_message"))
         raise UserError(f"{where}: status is {status}, not 'success' ({reason})")
     for key in _OTHER_MEDIA:
         if row.get(key):
             raise UserError(f"{where}: {key} is not supported; delete the row")
-    lists = {
-        key: _images(row[key], root, where)
-        for key in _IMAGE_KEYS
-        if row.get(key) is not None and row[key] not in ("", [])
-    }
-    named = _only(lists, where) or ()
+    keys = [key for key in _IMAGE_KEYS if _has(row, key) and row[key] not in ("", [])]
+    lists = [_images(row[key], root, where) for key in keys]
+    _agree(lists, keys, where)
+    named = lists[0] if lists else ()
     turns: tuple[Turn, ...] | None = None
     inline: tuple[Image | None, ...] = ()
     # Of a row that is read for its images the conversation need not be in order.
     if not (images_only and (named or beside)):
-        talks = {k: _conversation(row[k], k, root, where) for k in _TALK_KEYS if _has(row, k)}
-        turns, inline = _only(talks, where) or (None, ())
+        keys = [key for key in _TALK_KEYS if _has(row, key)]
+        talks = [_conversation(row[key], key, root, where) for key in keys]
+        _agree(talks, keys, where)
+        turns, inline = talks[0] if talks else (None, ())
     images = _choose(named, inline, beside, where)
     if images_only:
         if not images:
-            raise UserError(f"{where}: no image; its keys are {_SHORT.repr(sorted(row))}")
+            raise UserError(f"{where}: no image; its keys are {_shown(sorted(row))}")
         turns = ()
     elif turns is None:
         turns = _captioned(row, len(images), prompt, where)
@@ -142,12 +149,17 @@ def _has(row: Mapping[str, Any], key: str) -> bool:
     return row.get(key) is not None
 
 
-def _only(found: Mapping[str, _T], where: str) -> _T | None:
-    """The value that all of several keys agree on; None where there is no key."""
-    values = list(found.values())
+def _one_of(fields: Mapping[str, Any], keys: tuple[str, ...], where: str) -> Any:
+    """The value under one of several keys; None where there is none."""
+    found = [fields[key] for key in keys if fields.get(key) is not None]
+    if len(found) > 1:
+        _agree(found, [key for key in keys if _has(fields, key)], where)
+    return found[0] if found else None
+
+
+def _agree(values: Sequence[Any], keys: Sequence[str], where: str) -> None:
     if any(value != values[0] for value in values):
-        raise UserError(f"{where}: {' and '.join(map(repr, found))} differ; keep one of them")
-    return values[0] if values else None
+        raise UserError(f"{where}: {' and '.join(map(repr, keys))} differ; keep one of them")
 
 
 def _images(value: Any, root: str, where: str) -> tuple[Image, ...]:
@@ -161,16 +173,16 @@ def _image(value: Any, root: str, where: str) -> Image:
         if not value or not isinstance(data, bytes | None):
             raise UserError(f"{where}: an image has neither bytes nor a path")
     if not isinstance(value, str | bytes) or not value:
-        got = _SHORT.repr(value)
+        got = _shown(value)
         raise UserError(f"{where}: 'image' must be a path or a list of paths, got {got}")
     if isinstance(value, bytes):
         return value
     if value[:5].lower() == "data:":
         return _data_uri(value, where)
     if value[:8].lower().startswith(("http://", "https://")):
-        raise UserError(f"{where}: {_SHORT.repr(value)} is not fetched; download the image")
+        raise UserError(f"{where}: {_shown(value)} is not fetched; download the image")
     if "\0" in value:
-        raise UserError(f"{where}: the image path {_SHORT.repr(value)} has a zero byte")
+        raise UserError(f"{where}: the image path {_shown(value)} has a zero byte")
     return files.join(root, value.removeprefix("file://"))
 
 
@@ -181,7 +193,7 @@ def _data_uri(uri: str, where: str) -> bytes:
     except (binascii.Error, ValueError):
         decoded = b""
     if not decoded:
-        got = _SHORT.repr(uri)
+        got = _shown(uri)
         raise UserError(f"{where}: {got} is no image as 'data:image/...;base64,...'")
     return decoded
 
@@ -191,18 +203,18 @@ def _conversation(
 ) -> tuple[tuple[Turn, ...], tuple[Image | None, ...]]:
     """The turns, and per image part what it names: None where it takes the row's next image."""
     if not isinstance(messages, list):
-        raise UserError(f"{where}: {key!r} must be a list of turns, got {_SHORT.repr(messages)}")
+        raise UserError(f"{where}: {key!r} must be a list of turns, got {_shown(messages)}")
     turns: list[Turn] = []
     inline: list[Image | None] = []
     for message in messages:
         if not isinstance(message, dict):
-            got = _SHORT.repr(message)
+            got = _shown(message)
             raise UserError(f"{where}: a turn must be a JSON object, got {got}")
-        role = _only({k: message[k] for k in _ROLE_KEYS if _has(message, k)}, where)
+        role = _one_of(message, _ROLE_KEYS, where)
         if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(_ROLES)
-            raise UserError(f"{where}: unknown role {_SHORT.repr(role)}; use one of {known}")
-        text = _only({k: message[k] for k in _TEXT_KEYS if _has(message, k)}, where)
+            raise UserError(f"{where}: unknown role {_shown(role)}; use one of {known}")
+        text = _one_of(message, _TEXT_KEYS, where)
         if isinstance(text, list):
             text, images = _joined(text, root, where)
             if images and _ROLES[role] != "user":
@@ -231,7 +243,7 @@ def _joined(parts: list[Any], root: str, where: str) -> tuple[str, list[Image | 
         elif kind == "text" and isinstance(part.get("text"), str) and not value:
             text += part["text"]
         else:
-            got = _SHORT.repr(part)
+            got = _shown(part)
             raise UserError(f"{where}: content part {got} is neither a text nor an image")
     return text, images
 
@@ -264,7 +276,7 @@ def _captioned(row: Mapping[str, Any], images: int, prompt: str, where: str) -> 
     if not isinstance(caption, str):
         raise UserError(
             f"{where}: no caption (a string under 'caption' or 'text') and no 'conversations'; "
-            f"its keys are {_SHORT.repr(sorted(row))}"
+            f"its keys are {_shown(sorted(row))}"
         )
     if images != 1:
         raise UserError(f"{where}: a caption needs one image, the row has {images}")
