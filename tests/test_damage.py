@@ -102,15 +102,19 @@ def test_unused_tensors_of_another_shape(copy, tmp_path, one_line_error):
     assert f"{checkpoint.UNUSED}: {name} is F32 [1, 1, 3], expected [1, 1, 64]" in message
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_read_errors_are_the_sources(command, tmp_path, one_line_error, monkeypatch):
+def export_plain(source: pathlib.Path, out: pathlib.Path) -> None:
+    export(source, out, ExportOptions())
+
+
+@pytest.mark.parametrize("command", [import_directory, export_plain], ids=["import", "export"])
+def test_read_errors_are_the_sources(command, tmp_path, monkeypatch):
     """Not 'OUT cannot be written'."""
-    source = shutil.copytree(A_PRE, tmp_path / "hf")
+    source, out = shutil.copytree(A_PRE, tmp_path / "hf"), tmp_path / "out"
     (source / "added_tokens.json").mkdir()  # a file that cannot be read, for root too
     (source / "tokenizer.model").write_bytes(b"x")
-    out = tmp_path / "out"
-    message = one_line_error([command, str(source), str(out)])
-    assert f"{source / 'added_tokens.json'}: cannot be read (Is a directory)" in message
+    with pytest.raises(UserError) as error:
+        command(source, out)
+    assert str(error.value) == f"{source / 'added_tokens.json'}: cannot be read (Is a directory)"
     (source / "added_tokens.json").rmdir()
     (source / "tokenizer.model").unlink()
     read = shards.read_tensor
@@ -122,8 +126,9 @@ def test_read_errors_are_the_sources(command, tmp_path, one_line_error, monkeypa
 
     for module in ("importer", "reader", "writer"):
         monkeypatch.setattr(f"hovle_jax.hf.{module}.read_tensor", failing)
-    message = one_line_error([command, str(source), str(out)])
-    assert f"{source / 'model.safetensors'}: cannot be read (No such file" in message
+    with pytest.raises(UserError) as error:
+        command(source, out)
+    assert f"{source / 'model.safetensors'}: cannot be read (No such file" in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 

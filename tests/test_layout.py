@@ -58,6 +58,8 @@ ORDER = [
     "initialize",
     "generate",
     "hf.cases",
+    "hf.gradients",
+    "hf.dynamic_rope",
     "hf.verify",
     "hf.live",
     "hf.directory",
