@@ -16,7 +16,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +165,19 @@ class Stored:
             return dtype
         return np.dtype(self._array(path)[1].dtype.numpy_dtype)
 
-    def piece(self, path: str, index: Any) -> np.ndarray:
-        """A part of one parameter, on the host: a layer's number, or a slice of one without."""
-        if self.hub is not None:
-            return self.hub.read_layer(self._rows[path], path, index)
-        tree, array = self._array(path)
-        return read_array(tree, path, array, index)
+    def pieces(self, paths: Sequence[str], index: Any) -> tuple[np.ndarray, ...]:
+        """A part of each parameter, on the host: a layer's number, or a slice of one without.
+
+        A Hugging Face tensor that holds several of them is read once.
+        """
+        if self.hub is None:
+            where = ((path, *self._array(path)) for path in paths)
+            return tuple(read_array(tree, path, array, index) for path, tree, array in where)
+        found: dict[str, np.ndarray] = {}
+        for path in paths:
+            if path not in found:
+                found |= self.hub.read_layer(self._rows[path], index)
+        return tuple(found[path] for path in paths)
 
     def check(self) -> None:
         """Refuses tensors or arrays that are not those of the config, naming them."""
@@ -268,7 +275,7 @@ def load(directory: str | Path, kind: str = "model") -> tuple[Stored, dict[str, 
         rows = stored.hub.part(kind).rows
         arrays = {k: x for row in rows if row.native for k, x in stored.hub.read(row).items()}
         return stored, unflatten({k: jax.device_put(x, where) for k, x in arrays.items()})
-    found = {k: jax.device_put(stored.piece(k, ...), where) for k in sorted(stored.paths)}
+    found = {k: jax.device_put(stored.pieces((k,), ...)[0], where) for k in sorted(stored.paths)}
     return stored, unflatten(found)
 
 

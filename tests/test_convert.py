@@ -1,5 +1,6 @@
 """Hugging Face directories in and out: nothing lost, nothing half-written, bad input named."""
 
+import collections
 import dataclasses
 import errno
 import json
@@ -18,7 +19,7 @@ from hovle_jax import checkpoint, model, teacher
 from hovle_jax.cli import main
 from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.hf import config_json, names, shards
+from hovle_jax.hf import config_json, live, names, shards
 from hovle_jax.hf.directory import new_directory
 from hovle_jax.hf.export import export
 from hovle_jax.hf.importer import import_directory
@@ -462,6 +463,32 @@ def test_verify_notices_a_wrong_export(dtype, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="scores differ"):
         export(A_PRE, tmp_path / "out", ExportOptions(dtype=dtype), verify=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_reads_each_tensor_once(tmp_path, monkeypatch):
+    """Beside the one reading that writes; PyTorch's part of the check included."""
+    reads = collections.Counter()
+    read = shards.read_tensor
+
+    def counted(tensor):
+        reads[tensor.file.parent.name, tensor.start] += 1
+        return read(tensor)
+
+    monkeypatch.setattr("hovle_jax.hf.reader.read_tensor", counted)
+    monkeypatch.setattr(live, "available", lambda: True)
+
+    def torch_outputs(directory, prompts):
+        words = open_directory(directory).parts["model"].config.vocab_size
+        zeros = {k: np.zeros((len(prompts[f"ids.{k}"]), words), np.float32) for k in live.TILES}
+        return {f"logits.{k}": x for k, x in zeros.items()}
+
+    monkeypatch.setattr(live, "torch_outputs", torch_outputs)
+    with pytest.raises(UserError, match="PyTorch disagrees"):
+        export(A_PRE, tmp_path / "out", PLAIN, verify=True)
+    by_directory = {name: set() for name, _ in reads}
+    for (name, _), count in reads.items():
+        by_directory[name].add(count)
+    assert by_directory == {"a_pre": {2}, "out.partial": {1}}
 
 
 @pytest.mark.parametrize("edit", ["entry gone", "entry wrong", "not an index"])

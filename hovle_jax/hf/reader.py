@@ -90,11 +90,13 @@ class HubDirectory:
                 out[path][i] = x
         return out
 
-    def read_layer(self, row: names.Row, path: str, index: Any) -> np.ndarray:
-        """One native array of a row: layer `index`, or that part of a row without layers."""
-        name = row.tensors[index] if row.layers else row.hf
-        x = row.to_native(read_tensor(self.tensors[name]))[row.native.index(path)]
-        return x if row.layers else x[index]
+    def read_layer(self, row: names.Row, index: Any) -> dict[str, np.ndarray]:
+        """Native arrays of a row: of layer `index`, or that part of a row without layers."""
+        arrays = row.to_native(
+            read_tensor(self.tensors[row.tensors[index] if row.layers else row.hf])
+        )
+        parts = arrays if row.layers else (x[index] for x in arrays)
+        return dict(zip(row.native, parts, strict=True))
 
     def check(self) -> None:
         """Refuses missing, misshaped and unexpected tensors, naming them.

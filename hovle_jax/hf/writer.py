@@ -172,7 +172,7 @@ def _source(
     if not row.native:
         return lambda: _unused(stored, config, row)
     index: Any = i if row.layers else slice(None)
-    return lambda: row.to_hf(tuple(stored.piece(path, index) for path in row.native))
+    return lambda: row.to_hf(stored.pieces(row.native, index))
 
 
 def _dtype(stored: Stored, row: names.Row) -> np.dtype[Any]:
@@ -199,7 +199,7 @@ def _unused(stored: Stored, config: ModelConfig, row: names.Row) -> np.ndarray:
         return read_tensor(tensor)
     table = "embedding/text/table"
     if row.shape == (config.text_rows, config.hidden_size):
-        return stored.piece(table, slice(None))
+        return stored.pieces((table,), slice(None))[0]
     return np.zeros(row.shape, stored.dtype_of(table))
 
 
