@@ -16,15 +16,15 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
+from hovle_jax import model, teacher
 from hovle_jax.config import (
     DataConfig,
     ModelConfig,
@@ -36,7 +36,8 @@ from hovle_jax.config import (
 from hovle_jax.data.pipeline import Cursor
 from hovle_jax.errors import UserError
 from hovle_jax.hf import reader
-from hovle_jax.streaming import open_array
+from hovle_jax.hf.tokens import check_ids
+from hovle_jax.streaming import open_arrays, read_array
 from hovle_jax.train_step import TrainState
 from hovle_jax.tree import flatten, unflatten
 
@@ -101,7 +102,7 @@ class Stored:
     config: Config
     data: DataConfig | None  # chat template and tile limits
     step: int | None = None  # of a run
-    trees: tuple[tuple[Path, dict[str, Any]], ...] = ()  # (orbax directory, {path: metadata})
+    trees: tuple[tuple[Path, dict[str, Any]], ...] = ()  # (orbax directory, {path: TensorStore})
     hub: reader.HubDirectory | None = None
 
     @property
@@ -115,7 +116,7 @@ class Stored:
     def paths(self) -> set[str]:
         if self.hub is not None:
             return set(self._rows)
-        return {path for _, metadata in self.trees for path in metadata}
+        return {path for _, arrays in self.trees for path in arrays}
 
     @property
     def tokenizer(self) -> Path:
@@ -138,12 +139,12 @@ class Stored:
         if self.hub is not None:
             return self._read_hub(wanted)
         out: dict[str, Any] = {}
-        for path, metadata in self.trees:
-            here = {k: wanted[k] for k in metadata if k in wanted}
+        for path, arrays in self.trees:
+            here = {k: wanted[k] for k in arrays if k in wanted}
             for name, want in here.items():
-                self._check_shape(name, metadata[name].shape, want)
+                self._check_shape(name, arrays[name].shape, want)
             if here:
-                out |= flatten(_restore(path, unflatten(here)))
+                out |= flatten(_restore(path, unflatten(here), arrays))
         return out
 
     def _read_hub(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,15 +163,37 @@ class Stored:
             dtype = self.hub.tensors[self._rows[path].tensors[0]].dtype
             assert dtype is not None
             return dtype
-        return np.dtype(self._metadata(path)[1].dtype)
+        return np.dtype(self._array(path)[1].dtype.numpy_dtype)
 
-    def piece(self, path: str, index: Any) -> np.ndarray:
-        """A part of one parameter, on the host: a layer's number, or a slice of one without."""
+    def pieces(self, paths: Sequence[str], index: Any) -> tuple[np.ndarray, ...]:
+        """A part of each parameter, on the host: a layer's number, or a slice of one without.
+
+        A Hugging Face tensor that holds several of them is read once.
+        """
+        if self.hub is None:
+            where = ((path, *self._array(path)) for path in paths)
+            return tuple(read_array(tree, path, array, index) for path, tree, array in where)
+        found: dict[str, np.ndarray] = {}
+        for path in paths:
+            if path not in found:
+                found |= self.hub.read_layer(self._rows[path], index)
+        return tuple(found[path] for path in paths)
+
+    def check(self) -> None:
+        """Refuses tensors or arrays that are not those of the config, naming them."""
         if self.hub is not None:
-            return self.hub.read_layer(self._rows[path], path, index)
-        return open_array(self._metadata(path)[0], path)[index].read().result()
+            self.hub.check()
+            return
+        if isinstance(self.config, TeacherConfig):
+            shapes = flatten(teacher.abstract_params(self.config))
+        else:
+            shapes = flatten(model.abstract_params(self.model))
+        for name, array in ((k, x) for _, arrays in self.trees for k, x in arrays.items()):
+            if name not in shapes:
+                raise UserError(f"{self.directory}: holds {name}, which the config has not")
+            self._check_shape(name, array.shape, shapes[name])
 
-    def _metadata(self, path: str) -> tuple[Path, Any]:
+    def _array(self, path: str) -> tuple[Path, Any]:
         return next((tree, found[path]) for tree, found in reversed(self.trees) if path in found)
 
     def _check_shape(self, name: str, shape: Any, want: Any) -> None:
@@ -187,7 +210,13 @@ def open_stored(directory: str | Path, kind: str = "model") -> Stored:
     if reader.is_hugging_face(directory):
         hub = reader.open_directory(directory)
         return Stored(str(directory), hub.part(kind).config, hub.data, hub=hub)
-    directory = Path(directory)
+    stored = _open_native(Path(directory))
+    if not isinstance(stored.config, TeacherConfig):
+        check_ids(stored.model, stored.tokenizer)
+    return stored
+
+
+def _open_native(directory: Path) -> Stored:
     config, data = _read_config(directory)
     if not isinstance(config, RunConfig):
         trees = [_open_tree(directory / "params")]
@@ -212,18 +241,22 @@ def latest_step(workdir: str | Path) -> int | None:
 def _open_tree(path: Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(f"{path}: missing; the directory is not complete")
-    metadata: Any = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute()))
-    return path, flatten(dict(metadata.tree))
+    return path, open_arrays(path)
 
 
-def _restore(path: Path, item: Any) -> Any:
+def _restore(path: Path, item: Any, arrays: Mapping[str, Any]) -> Any:
     args = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path.absolute(), args=args)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.absolute(), args=args)
+    except Exception as error:  # orbax raises nothing narrower
+        for name in flatten(item):  # which array it was, in one line
+            read_array(path, name, arrays[name])
+        raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]})") from error
 
 
 def _place(x: np.ndarray, want: Any) -> jax.Array:
@@ -237,17 +270,13 @@ def load(directory: str | Path, kind: str = "model") -> tuple[Stored, dict[str, 
     """Opens a directory and reads all of it, in its own dtypes, onto the first local device."""
     stored = open_stored(directory, kind)
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    stored.check()
     if stored.hub is not None:
-        stored.hub.check()
         rows = stored.hub.part(kind).rows
         arrays = {k: x for row in rows if row.native for k, x in stored.hub.read(row).items()}
         return stored, unflatten({k: jax.device_put(x, where) for k, x in arrays.items()})
-    wanted = {
-        name: jax.ShapeDtypeStruct(m.shape, np.dtype(m.dtype), sharding=where)
-        for _, metadata in stored.trees
-        for name, m in metadata.items()
-    }
-    return stored, unflatten(stored.read(wanted))
+    found = {k: jax.device_put(stored.pieces((k,), ...)[0], where) for k in sorted(stored.paths)}
+    return stored, unflatten(found)
 
 
 class Checkpoints:

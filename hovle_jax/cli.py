@@ -128,14 +128,20 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.hf.live import compare_live
     from hovle_jax.hf.verify import Verifier
 
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json}: not a file in an existing directory")
     reports = []
+    verifier = Verifier(args.model_dir, args.dtype if args.cases else "float32")
+    if args.live:
+        verifier.whole_model()  # before any work
     if args.cases:
-        verifier = Verifier(args.model_dir, args.dtype)
         for case in args.cases:
             reports.append(verifier.case(case))
             print(table(reports[-1:], every=args.all), flush=True)
     if args.live:
-        reports.append(compare_live(args.model_dir, args.live))
+        if verifier.dtype != "float32":
+            verifier = Verifier(args.model_dir, "float32")
+        reports.append(compare_live(verifier, args.live))
         print(table(reports[-1:], every=args.all))
     passed = all(report.passed for report in reports)
     if args.json:

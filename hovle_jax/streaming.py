@@ -5,6 +5,7 @@ An ordinary save holds each array and its encoded copy; a checkpoint of 10 GB wo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
+from hovle_jax.errors import UserError
 from hovle_jax.tree import unflatten
 
 CHUNK_BYTES = 64 * 2**20  # of storage, about: what a reader has to fetch at least
@@ -67,15 +69,50 @@ def write_pieces(path: Path, arrays: dict[str, Pieces]) -> None:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(arrays)))
 
 
-def open_array(path: Path, name: str) -> ts.TensorStore:
-    """One array of a saved tree, to be read in slices: `open_array(...)[i].read().result()`."""
-    spec = {
-        "driver": "zarr",
-        "kvstore": {
-            "driver": "ocdbt",
-            "base": f"file://{path.absolute()}/",
-            "path": name.replace("/", ".") + "/",
-        },
-        "recheck_cached_data": False,
-    }
-    return ts.open(spec, open=True, read=True).result()
+def open_arrays(path: Path) -> dict[str, ts.TensorStore]:
+    """The arrays of a saved tree by parameter path, to be read by `read_array`.
+
+    Raises:
+      UserError: files that are missing or cut short.
+    """
+    with _reading(path, "its list of arrays"):
+        keys = ts.KvStore.open(_store(path)).result().list().result()
+    names = (key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray"))
+    out = {}
+    for name in sorted(names):
+        spec = {"driver": "zarr", "kvstore": {**_store(path), "path": f"{name}/"}}
+        # Trees are written whole: a chunk that is not there is lost, and not zero.
+        options = {"recheck_cached_data": False, "fill_missing_data_reads": False}
+        out[name.replace(".", "/")] = _opened(path, name.replace(".", "/"), spec | options)
+    if not out:
+        raise UserError(f"{path}: holds no arrays; copy it again")
+    return out
+
+
+def _store(path: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
+
+
+def _opened(path: Path, name: str, spec: dict[str, Any]) -> ts.TensorStore:
+    with _reading(path, name):
+        return ts.open(spec, open=True, read=True).result()
+
+
+def read_array(path: Path, name: str, array: ts.TensorStore, index: Any = ...) -> np.ndarray:
+    """A part of the array `name` of the tree at `path`, by `index` as in numpy.
+
+    Raises:
+      UserError: files that are missing or cut short.
+    """
+    with _reading(path, name):
+        return array[index].read().result()
+
+
+@contextlib.contextmanager
+def _reading(path: Path, name: str) -> Iterator[None]:
+    """TensorStore's errors, pages of specifications, as one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        reason = str(error).partition(" [")[0].partition("\n")[0][-160:]
+        raise UserError(f"{path}: cannot read {name}; copy it again ({reason})") from None

@@ -22,7 +22,6 @@ from hovle_jax.checkpoint import save_model
 from hovle_jax.config import (
     DataConfig,
     InitConfig,
-    LayersConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -30,15 +29,10 @@ from hovle_jax.config import (
     TeacherConfig,
 )
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, train_tokenizer
+from tests import small
 
-LAYERS = LayersConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    initializer_range=0.1,
+LAYERS = dataclasses.replace(
+    small.LAYERS, intermediate_size=64, max_positions=32768, initializer_range=0.1
 )
 COLOURS = ("red", "green", "blue", "white")
 
@@ -121,7 +115,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_meta(root, rows)
     lines = ["Which colour? please Hello", "user system assistant\n", *COLOURS] * 4
     tokenizer = train_tokenizer(lines, root / "tokenizer", 90)
-    config = ModelConfig(
+    config = dataclasses.replace(
+        small.PRE,
         name="test",
         vocab_size=tokenizer.vocab_size,
         embedding=LAYERS,
@@ -133,8 +128,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         img_end_id=tokenizer.id_of(IMG_END),
         img_context_id=tokenizer.id_of(IMG_CONTEXT),
         initializer_range=0.1,
-        dtype="float32",
-        remat="none",
+        loss_chunk=512,
     )
     params = model.init(jax.random.key(7), config)
     llm = {"decoder": params["decoder"], "embedding": {"text": params["embedding"]["text"]}}

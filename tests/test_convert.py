@@ -1,5 +1,6 @@
 """Hugging Face directories in and out: nothing lost, nothing half-written, bad input named."""
 
+import collections
 import dataclasses
 import errno
 import json
@@ -18,7 +19,7 @@ from hovle_jax import checkpoint, model, teacher
 from hovle_jax.cli import main
 from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.hf import configs, names, shards
+from hovle_jax.hf import config_json, live, names, shards
 from hovle_jax.hf.directory import new_directory
 from hovle_jax.hf.export import export
 from hovle_jax.hf.importer import import_directory
@@ -133,7 +134,7 @@ def test_stages_start_from_hugging_face_directories(world, tmp_path):
     """One config line each: an LLM directory with fewer tokens, and an InternVL's teacher."""
     c = world.model
     small = dataclasses.replace(c, vocab_size=c.vocab_size - 9, llm_family="llama")
-    raw = configs.hovle_json(
+    raw = config_json.hovle_json(
         dataclasses.replace(small, llm_family="llama"), DataConfig(), "float32"
     )
     llm = make_directory(tmp_path / "llm", raw["llm_config"], names.language_model(small))
@@ -151,7 +152,7 @@ def test_stages_start_from_hugging_face_directories(world, tmp_path):
     raw = {
         "model_type": "internvl_chat",
         "vision_config": vision,
-        "llm_config": configs.hovle_json(c, DataConfig(), "float32")["llm_config"],
+        "llm_config": config_json.hovle_json(c, DataConfig(), "float32")["llm_config"],
         "ps_version": "v2",
     }
     internvl = make_directory(tmp_path / "internvl", raw, rows, seed=1)
@@ -464,6 +465,32 @@ def test_verify_notices_a_wrong_export(dtype, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_verify_reads_each_tensor_once(tmp_path, monkeypatch):
+    """Beside the one reading that writes; PyTorch's part of the check included."""
+    reads = collections.Counter()
+    read = shards.read_tensor
+
+    def counted(tensor):
+        reads[tensor.file.parent.name, tensor.start] += 1
+        return read(tensor)
+
+    monkeypatch.setattr("hovle_jax.hf.reader.read_tensor", counted)
+    monkeypatch.setattr(live, "available", lambda: True)
+
+    def torch_outputs(directory, prompts):
+        words = open_directory(directory).parts["model"].config.vocab_size
+        zeros = {k: np.zeros((len(prompts[f"ids.{k}"]), words), np.float32) for k in live.TILES}
+        return {f"logits.{k}": x for k, x in zeros.items()}
+
+    monkeypatch.setattr(live, "torch_outputs", torch_outputs)
+    with pytest.raises(UserError, match="PyTorch disagrees"):
+        export(A_PRE, tmp_path / "out", PLAIN, verify=True)
+    by_directory = {name: set() for name, _ in reads}
+    for (name, _), count in reads.items():
+        by_directory[name].add(count)
+    assert by_directory == {"a_pre": {2}, "out.partial": {1}}
+
+
 @pytest.mark.parametrize("edit", ["entry gone", "entry wrong", "not an index"])
 def test_index_that_disagrees(edit, tmp_path, one_line_error):
     source = sharded(tmp_path)
@@ -593,13 +620,13 @@ def test_fused_is_the_same_function(tmp_path):
 def test_fused_refuses_what_is_not_exact(change, reason):
     config = dataclasses.replace(LLM, **change)
     with pytest.raises(UserError, match="not exact") as error:
-        configs.fused_json(config, DataConfig(), "float32")
+        config_json.fused_json(config, DataConfig(), "float32")
     assert reason in str(error.value)
 
 
 def test_fused_head_is_never_tied():
     """The files of a tied LLM keep its head as its table; a fused one has both matrices."""
-    body = configs.fused_json(dataclasses.replace(LLM, tie_head=True), DataConfig(), "float32")
+    body = config_json.fused_json(dataclasses.replace(LLM, tie_head=True), DataConfig(), "float32")
     assert body["text_config"]["tie_word_embeddings"] is False
 
 

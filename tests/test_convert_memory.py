@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hovle_jax.config import DataConfig, ModelConfig
-from hovle_jax.hf import configs, names, shards
+from hovle_jax.hf import config_json, names, shards
 from tests.test_convert import LAYERS, assert_same, make_directory, tensors_of
 
 # Peak resident memory must not follow the number of layers; the full size is test_full_size.
@@ -59,7 +59,7 @@ def test_memory_stays_small(tmp_path):
     peaks, sizes = [], []
     for layers in (2, 14):
         config, root = big(layers), tmp_path / str(layers)
-        raw = configs.hovle_json(config, DataConfig(), "float32")
+        raw = config_json.hovle_json(config, DataConfig(), "float32")
         make_directory(root / "hf", raw, names.hovle(config))
         sizes.append((root / "hf/model.safetensors").stat().st_size)
         first = peak_of("import", root / "hf", root / "native")
@@ -77,7 +77,7 @@ def test_full_size(tmp_path):
     rows = names.hovle(config)
     source = tmp_path / "hf"
     source.mkdir()
-    raw = configs.hovle_json(config, DataConfig(), "float32")
+    raw = config_json.hovle_json(config, DataConfig(), "float32")
     (source / "config.json").write_text(json.dumps(raw))
     plan = {n: (row.shape, np.dtype(np.float32)) for row in rows for n in row.tensors}
     writer = shards.ShardWriter(source, plan, 5 * 10**9)

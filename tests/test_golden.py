@@ -18,7 +18,7 @@ import pytest
 from hovle_jax import checkpoint, embedding, model, stages, teacher
 from hovle_jax.config import ModelConfig, RunConfig
 from hovle_jax.generate import generate
-from hovle_jax.hf.verify import hub_gradients
+from hovle_jax.hf.gradients import hub_gradients
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = {"a_pre": ("text", "img1", "img5t", "batch_left"), "b_post": ("img1", "img5t")}

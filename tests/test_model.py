@@ -15,38 +15,17 @@ import pytest
 
 import hovle_jax
 from hovle_jax import losses, model, stages
-from hovle_jax.config import IGNORE, IMAGE_MEAN, IMAGE_STD, LayersConfig, ModelConfig, RunConfig
+from hovle_jax.config import IGNORE, IMAGE_MEAN, IMAGE_STD, ModelConfig, RunConfig
 from hovle_jax.embedding import long_stream, normalize_pixels, short_stream
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
 from hovle_jax.layers import REMAT_POLICIES, Layer, LayerInputs, layer_stack, rope_tables
 from hovle_jax.tree import flatten, unflatten
+from tests import small
 
-LAYERS = LayersConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_positions=512,
-    rope_theta=100.0,
-)
-PRE = ModelConfig(
-    name="small",
-    vocab_size=97,
-    embedding=LAYERS,
-    decoder=LAYERS,
-    image_size=28,
-    patch_size=7,
-    im_end_id=86,
-    img_start_id=88,
-    img_end_id=89,
-    img_context_id=90,
-    dtype="float32",
-    remat="none",
-    loss_chunk=16,
-)
+# Rotations that differ within the few tokens of these tests.
+LAYERS = dataclasses.replace(small.LAYERS, rope_theta=100.0)
+PRE = dataclasses.replace(small.PRE, embedding=LAYERS, decoder=LAYERS)
 CONFIGS = {"pre": PRE, "post": dataclasses.replace(PRE, shuffle_loc="post")}
 LOCATIONS = pytest.mark.parametrize("loc", CONFIGS)
 ROWS, LENGTH, TILES = 4, 40, 4  # of every packed batch: few shapes, few compilations

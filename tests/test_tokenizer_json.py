@@ -1,6 +1,5 @@
 """tokenizer.json gives SentencePiece's ids: by the rules it holds, and as transformers reads it."""
 
-import base64
 import io
 import json
 import random
@@ -348,26 +347,16 @@ def test_what_cannot_be_reproduced_is_named(what):
         tokenizer_files(with_added(REFUSED[what]))
 
 
-def test_inexact_only_if_asked_for():
-    unigram = with_added(train(model_type="unigram", vocab_size=320, byte_fallback=True))
-    with pytest.raises(UserError, match="model_type=unigram"):
-        tokenizer_files(unigram)
-    model = json.loads(tokenizer_files(unigram, exact=False)["tokenizer.json"])["model"]
-    sp = sentencepiece.SentencePieceProcessor(model_proto=unigram._files["tokenizer.model"])
-    assert [name for name, _ in model["vocab"]] == [sp.IdToPiece(i) for i in range(len(sp))]
-    assert [score for _, score in model["vocab"]] == [sp.GetScore(i) for i in range(len(sp))]
-
-    mapped = with_added(train(normalization_rule_name="nmt_nfkc"))
-    with pytest.raises(UserError, match="nmt_nfkc"):
-        tokenizer_files(mapped)
-    spec = json.loads(tokenizer_files(mapped, exact=False)["tokenizer.json"])
-    newline, charsmap = spec["normalizer"]["normalizers"][:2]
-    assert (newline["pattern"]["String"], newline["content"]) == ("\r\n", "  ")
-    assert len(base64.b64decode(charsmap["precompiled_charsmap"])) > 1000
-
-    symbol = train(normalization_rule_name="nmt_nfkc", user_defined_symbols=["\n"])
-    with pytest.raises(UserError, match=r"the user-defined symbol '\\n' and a character map"):
-        tokenizer_files(with_added(symbol), exact=False)
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"model_type": "unigram", "vocab_size": 320}, "model_type=unigram"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "a character map such as nmt_nfkc"),
+    ],
+)
+def test_what_would_differ_in_rare_texts_is_refused(settings, named):
+    with pytest.raises(UserError, match=re.escape(named)):
+        tokenizer_files(with_added(train(**settings, byte_fallback=True)))
 
 
 def test_ids_that_have_no_place():
@@ -385,9 +374,9 @@ def test_ids_that_have_no_place():
 
 # --- Through transformers ----------------------------------------------------------------------
 
-KINDS = [*BPE, "alias", "handmade", "nmt_nfkc"]
+KINDS = [*BPE, "alias", "handmade"]
 DECODED = ("plain", "plain_bytes", "digits", "symbols_plain", "alias", "handmade")
-DECODED_WITH_SPECIAL = ("prefix", "prefix_strip", "nmt_nfkc")
+DECODED_WITH_SPECIAL = ("prefix", "prefix_strip")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -399,11 +388,9 @@ def test_transformers_encodes_the_same(name, tmp_path):
         texts = [text for text in texts if "[X_1]" not in text]
     elif name == "handmade":
         tokenizer = with_added(handmade([*UNCUT, SYMBOL]))
-    elif name == "nmt_nfkc":
-        tokenizer = with_added(train(normalization_rule_name="nmt_nfkc", byte_fallback=True))
     else:
         tokenizer = bpe_tokenizer(name)
-    for file, content in tokenizer_files(tokenizer, exact=name != "nmt_nfkc").items():
+    for file, content in tokenizer_files(tokenizer).items():
         (tmp_path / file).write_bytes(content)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert fast.is_fast and len(fast) == tokenizer.vocab_size

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from hovle_jax import checkpoint
 from hovle_jax.cli import main
-from hovle_jax.hf.cases import GRADIENTS, LOSSES, STATES
+from hovle_jax.errors import UserError
+from hovle_jax.hf.cases import GRADIENTS, LOSSES, NOT_COMPUTED, STATES, table
 from hovle_jax.hf.verify import Verifier
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -154,3 +156,165 @@ def test_tiles_that_do_not_match(tmp_path, one_line_error):
     np.savez(tmp_path / "case.npz", **arrays)
     message = one_line_error(["verify", str(B_POST), str(tmp_path / "case.npz")])
     assert "1 tiles" in message and "holds 2" in message
+
+
+def inputs(path: pathlib.Path = TEXT) -> dict[str, np.ndarray]:
+    with np.load(path) as z:
+        return {k: z[k] for k in z.files if k.startswith("in.")}
+
+
+def recorded(*keys: str, path: pathlib.Path = TEXT) -> dict[str, np.ndarray]:
+    with np.load(path) as z:
+        return {k: z[k] for k in keys}
+
+
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
+    np.savez(path / "case.npz", **arrays)
+    return path / "case.npz"
+
+
+def test_what_nothing_computes_is_listed(a_pre, tmp_path):
+    """A recording whose half is not looked at has not passed in silence."""
+    unknown = {"out.embed_layer_9": np.zeros((1, 3, 64)), "out.made_up": np.zeros(3)}
+    unknown |= {"flash.out.attentions": np.zeros(2), "other": np.zeros(1)}
+    case = save(tmp_path, inputs() | recorded("out.llm_norm") | unknown)
+    report = a_pre.case(case)
+    assert report.passed and set(report.skipped) == {f"{k}: {NOT_COMPUTED}" for k in unknown}
+    assert report.to_json()["skipped"] == list(report.skipped)
+    text = table([report])
+    assert NOT_COMPUTED in text and all(key in text for key in unknown)
+
+
+@pytest.mark.parametrize("key", ["out.logits", "out.llm_layer_1", "out.embed_input"])
+def test_wrong_shapes_fail_with_the_reason(key, a_pre, tmp_path):
+    whole = recorded(key)[key]
+    odd = {
+        "fewer tokens": whole[:, :-1],
+        "more tokens": np.repeat(whole, 2, axis=1),
+        "narrower": whole[..., :-1],
+        "flat": whole.reshape(-1),
+        "a number": whole[0, 0, 0],
+        "two rows": np.repeat(whole, 2, axis=0),
+        "without rows": whole[0],
+        "texts": whole.astype(str),
+    }
+    for name, x in odd.items():
+        report = a_pre.case(save(tmp_path, inputs() | {key: x}))
+        (found,) = report.arrays
+        assert found.name == key and not report.passed and "recorded as" in found.reason, name
+        assert found.reason in table([report]) and found.to_json()["reason"] == found.reason
+
+
+def test_wrong_shapes_of_losses_gradients_and_tokens(a_pre, tmp_path):
+    norm = "grad.full.language_model.model.norm.weight"
+    with np.load(TEXT) as z:
+        gen = {k: z[k] for k in z.files if k.startswith("gen.")}
+    full = next(k for k in np.load(TEXT).files if k.startswith("grad.full."))
+    for odd in (
+        {"out.loss": np.zeros(3, np.float32)},
+        {full: np.zeros((3, 2), np.float32)},
+        {norm: np.zeros(63, np.float32)},
+        gen | {"gen.tokens": gen["gen.tokens"][0]},
+        gen | {"gen.tokens": np.repeat(gen["gen.tokens"], 2, axis=0)},
+    ):
+        report = a_pre.case(save(tmp_path, inputs() | odd))
+        missed = [a for a in report.arrays if not a.passed]
+        assert missed and all("recorded as" in a.reason for a in missed), list(odd)
+
+
+def test_tokens_without_a_mask(a_pre, tmp_path):
+    """Every place of the prompt counts."""
+    gen = recorded("gen.input_ids", "gen.tokens")
+    report = a_pre.case(save(tmp_path, gen))
+    assert report.passed and [a.name for a in report.arrays] == ["gen.tokens"]
+
+
+def test_weighted_norms_without_names(a_pre, tmp_path, one_line_error):
+    """`gradw.norms` may bring its own names; without any, which tensors they are of is unknown."""
+    case = save(tmp_path, inputs() | recorded("gradw.norms"))
+    message = one_line_error(["verify", str(A_PRE), str(case)])
+    assert f"{case}: gradw.norms: there is no gradw.names" in message
+    names = recorded("grad.names")["grad.names"]
+    weighted = inputs() | recorded("gradw.norms")
+    assert a_pre.case(save(tmp_path, weighted | {"gradw.names": names})).passed
+    with pytest.raises(UserError, match=r"gradw.norms: \[\d+\] for the 3 of gradw.names"):
+        a_pre.case(save(tmp_path, weighted | {"gradw.names": names[:3]}))
+
+
+@pytest.mark.parametrize("key", ["out.hidden_4", "out.extract_feature_v2_select-5"])
+def test_hidden_states_that_a_teacher_has_not(key, tmp_path, one_line_error):
+    case = {"56.in.pixel_values": np.zeros((1, 3, 56, 56), np.float32)}
+    path = save(tmp_path, case | {f"56.{key}": np.zeros((1, 17, 48), np.float32)})
+    message = one_line_error(["verify", str(GOLDEN / "teacher"), str(path)])
+    assert f"{path}: 56.{key}: this teacher has hidden states up to 3" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "expected"),
+    [
+        ("in.input_ids", lambda x: x[0], "in.input_ids: expected integers [B, L]"),
+        ("in.input_ids", lambda x: x / 2, "in.input_ids: expected integers [B, L]"),
+        ("in.attention_mask", lambda x: x[:, 1:], "in.attention_mask: expected integers"),
+        ("in.labels", lambda x: x[:, 1:], "in.labels: expected [1, "),
+        ("in.pixel_values", lambda x: x[0], "in.pixel_values: expected floats [T, 3, H, W]"),
+        ("in.pixel_values", lambda x: x[..., :-1], "in.pixel_values: expected floats"),
+    ],
+)
+def test_odd_inputs(key, change, expected, tmp_path, one_line_error):
+    arrays = inputs(IMAGE) | recorded("out.loss", path=IMAGE)
+    case = save(tmp_path, arrays | {key: change(arrays[key])})
+    assert f"{case}: {expected}" in one_line_error(["verify", str(B_POST), str(case)])
+
+
+def test_report_without_a_place(tmp_path, one_line_error, monkeypatch):
+    """Said before the model is read."""
+    monkeypatch.setattr(Verifier, "__init__", None)
+    for place in (tmp_path / "missing/report.json", tmp_path):
+        message = one_line_error(["verify", str(A_PRE), str(TEXT), "--json", str(place)])
+        assert f"--json {place}: not a file in an existing directory" in message
+
+
+def part_of_a_model(part: str, target: pathlib.Path) -> pathlib.Path:
+    """What stage I and an LLM's import leave: the embedding module, or an LLM and its table."""
+    stored, params = checkpoint.load(A_PRE)
+    if part == "llm":
+        params = {"decoder": params["decoder"], "embedding": {"text": params["embedding"]["text"]}}
+    elif part == "stage I":
+        params = {"embedding": params["embedding"]}
+    checkpoint.save_model(target, stored.model, params)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("llm", "holds an LLM alone"), ("stage I", "holds the embedding module"), ("", "a teacher")],
+)
+def test_parts_are_no_model(part, expected, tmp_path, one_line_error):
+    """Neither a HoVLE's cases nor PyTorch beside them."""
+    directory = part_of_a_model(part, tmp_path / "part") if part else tmp_path / "teacher"
+    if not part:
+        stored, params = checkpoint.load(GOLDEN / "teacher", "teacher")
+        checkpoint.save_model(directory, stored.config, params)
+    cases = [] if not part else [[str(TEXT)], [str(IMAGE)]]
+    for more in (*cases, ["--live", str(A_PRE)]):
+        message = one_line_error(["verify", str(directory), *more])
+        assert expected in message and "no whole HoVLE" in message and str(directory) in message
+
+
+def test_an_llm_by_itself(tmp_path, one_line_error):
+    """Its own scores are compared; a stage I directory has none."""
+    case = inputs()
+    logits = {
+        "in.input_ids": case["in.input_ids"],
+        "out.logits": recorded("out.logits")["out.logits"],
+    }
+    path = save(tmp_path, logits)
+    llm = Verifier(part_of_a_model("llm", tmp_path / "llm"))
+    (found,) = llm.case(path).arrays
+    assert found.name == "out.logits" and found.reason == "" and not found.passed
+    wrong = logits | {"out.logits": logits["out.logits"][:, 1:]}
+    (found,) = llm.case(save(tmp_path, wrong)).arrays
+    assert "recorded as" in found.reason
+    directory = part_of_a_model("stage I", tmp_path / "one")
+    message = one_line_error(["verify", str(directory), str(path)])
+    assert "holds no LLM" in message

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ BFLOAT16_ULPS = 16 / 256
 
 # Why something recorded is not compared.
 EAGER_PADDING = "the eager reference attends to left padding; flash.* does not"
+NOT_COMPUTED = "nothing here computes it"
 PADDED_LENGTH = "dynamic rope follows the padded length in the reference, each row's own here"
 
 
@@ -50,6 +52,7 @@ class Comparison:
     name: str
     max_abs: float
     tolerance: float
+    reason: str = ""  # why it could not be compared: it has not passed then
 
     @property
     def passed(self) -> bool:
@@ -86,13 +89,49 @@ def read_case(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: {reason}") from None
 
 
+# What a case gives, or says about what it records, beside outputs.
+_GIVEN = re.compile(
+    r"((full|\d+)\.)?in\..*|gen\.(input_ids|attention_mask|position_ids|margin|hd_.*)"
+    r"|(flash\.)?gradw?\.names"
+)
+
+
+def outputs(z: Arrays) -> list[str]:
+    """The keys of recorded outputs."""
+    return [key for key in z if not _GIVEN.fullmatch(key)]
+
+
+def failed(name: str, tolerance: float, reason: str) -> Comparison:
+    return Comparison(name, math.inf, tolerance, reason)
+
+
+def difference(name: str, ours: np.ndarray, expected: np.ndarray, tolerance: float) -> Comparison:
+    """The largest absolute difference."""
+    if expected.dtype.kind not in "fiub":
+        return failed(name, tolerance, f"recorded as {expected.dtype}, which are no numbers")
+    if ours.shape != expected.shape:
+        return failed(
+            name, tolerance, f"recorded as {list(expected.shape)}, here {list(ours.shape)}"
+        )
+    apart = np.abs(ours.astype(np.float64) - expected.astype(np.float64))
+    return Comparison(name, float(apart.max()) if apart.size else 0.0, tolerance)
+
+
 def under(z: Arrays, prefix: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in z.items() if k.startswith(prefix)}
 
 
 def batch_of(z: Arrays, prefix: str, config: ModelConfig) -> dict[str, np.ndarray]:
     """Recorded inputs as a batch: padding gets segment 0, tiles go to the rows they belong to."""
-    ids = z[f"{prefix}.input_ids"].astype(np.int32)
+    ids = z[f"{prefix}.input_ids"]
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise UserError(f"{prefix}.input_ids: expected integers [B, L], got {_described(ids)}")
+    ids = ids.astype(np.int32)
+    for name in ("attention_mask", "position_ids"):
+        x = z.get(f"{prefix}.{name}", ids)
+        if x.shape != ids.shape or x.dtype.kind not in "iub":
+            expected = f"integers {list(ids.shape)} as input_ids"
+            raise UserError(f"{prefix}.{name}: expected {expected}, got {_described(x)}")
     mask = z.get(f"{prefix}.attention_mask", np.ones_like(ids)) > 0
     default = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     positions = np.where(mask, z.get(f"{prefix}.position_ids", default), 0)
@@ -103,7 +142,7 @@ def batch_of(z: Arrays, prefix: str, config: ModelConfig) -> dict[str, np.ndarra
     }
     if "in.pixel_values" not in z:
         return batch
-    pixels = np.moveaxis(z["in.pixel_values"], 1, -1)
+    pixels = channels_last(z["in.pixel_values"], "in.pixel_values", config.patch_size)
     batch["pixels"] = pixels[None]
     counts = tiles_per_row(batch, config)
     if sum(counts) != len(pixels):
@@ -115,6 +154,21 @@ def batch_of(z: Arrays, prefix: str, config: ModelConfig) -> dict[str, np.ndarra
     for i, row in enumerate(np.split(pixels, np.cumsum(counts)[:-1])):
         rows[i, : len(row)] = row
     return batch | {"pixels": rows}
+
+
+def channels_last(pixels: np.ndarray, name: str, patch: int) -> np.ndarray:
+    """[T, 3, H, W] -> [T, H, W, 3]."""
+    good = pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.dtype.kind == "f"
+    if not good or pixels.shape[2] % patch or pixels.shape[3] % patch:
+        raise UserError(
+            f"{name}: expected floats [T, 3, H, W] with multiples of {patch}, got "
+            f"{_described(pixels)}"
+        )
+    return np.moveaxis(pixels, 1, -1)
+
+
+def _described(x: np.ndarray) -> str:
+    return f"{x.dtype} {list(x.shape)}"
 
 
 def tiles_per_row(batch: Mapping[str, np.ndarray], config: ModelConfig) -> list[int]:
@@ -134,12 +188,19 @@ def table(reports: Sequence[CaseReport], *, every: bool = False) -> str:
         lines.append(f"{report.case}: {'ok' if report.passed else 'MISS'}")
         for c in report.arrays if every else _folded(report.arrays):
             verdict = "ok" if c.passed else "MISS"
-            lines.append(f"  {c.name:<44} {c.max_abs:>10.2e}  <= {c.tolerance:.0e}  {verdict}")
+            why = f" ({c.reason})" if c.reason else ""
+            numbers = f"{c.max_abs:>10.2e}  <= {c.tolerance:.0e}"
+            lines.append(f"  {c.name:<44} {numbers}  {verdict}{why}")
         reasons: dict[str, list[str]] = {}
         for name, reason in (s.split(": ", 1) for s in report.skipped):
             reasons.setdefault(reason, []).append(name)
-        lines += [f"  skipped {', '.join(k)}: {reason}" for reason, k in reasons.items()]
+        lines += [f"  skipped {_first(k)}: {reason}" for reason, k in reasons.items()]
     return "\n".join(lines)
+
+
+def _first(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _folded(arrays: Sequence[Comparison]) -> list[Comparison]:

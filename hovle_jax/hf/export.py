@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from hovle_jax import model
@@ -36,7 +35,10 @@ def export(
 def _check(model_dir: str | Path, made: Path, options: ExportOptions) -> dict[str, Any]:
     """Scores of the written directory against those of the source, rounded as it was."""
     prompts = live.made_up_prompts(open_stored(made).model)
-    ours, source = _scores(made, prompts), _scores(model_dir, prompts, options.dtype)
+    # Each is read once, and the source is gone before the export comes.
+    source = _scores(Verifier(model_dir, "float32", options.dtype), prompts)
+    verifier = Verifier(made, "float32")
+    ours = _scores(verifier, prompts)
     differences = {str(k): float(np.abs(ours[k] - source[k]).max()) for k in live.TILES}
     checks: dict[str, Any] = {
         "scores here, source and export, largest difference by tiles": differences
@@ -46,19 +48,15 @@ def _check(model_dir: str | Path, made: Path, options: ExportOptions) -> dict[st
     if not live.available():
         checks["PyTorch"] = "not compared: torch and transformers are not installed"
         return checks
-    report = live.compare_live(made, made)
+    report = live.compare_live(verifier, made)
     checks["PyTorch against here"] = {a.name: a.max_abs for a in report.arrays}
     if not report.passed:
         raise UserError(f"{model_dir}: PyTorch disagrees: {checks['PyTorch against here']}")
     return checks
 
 
-def _scores(
-    directory: str | Path, prompts: dict[str, np.ndarray], rounded: str = ""
-) -> dict[int, np.ndarray]:
-    config, params = Verifier(directory, "float32").whole_model()
-    if rounded:
-        params = jax.tree.map(lambda x: x.astype(rounded).astype("float32"), params)
+def _scores(verifier: Verifier, prompts: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+    config, params = verifier.whole_model()
     return {
         tiles: np.asarray(model.apply(params, live.batch_of(prompts, tiles), config)["logits"])
         for tiles in live.TILES

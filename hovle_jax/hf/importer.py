@@ -10,7 +10,6 @@ give it back.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from hovle_jax.config import TeacherConfig
 from hovle_jax.hf.directory import new_directory
 from hovle_jax.hf.names import Row
 from hovle_jax.hf.reader import HubDirectory, Part, open_directory
-from hovle_jax.hf.shards import ShardWriter, Tensor, read_tensor
+from hovle_jax.hf.shards import ShardWriter, Tensor, read_tensor, reading
 from hovle_jax.metrics import Progress
 from hovle_jax.streaming import Pieces, write_pieces
 from hovle_jax.tree import flatten
@@ -113,10 +112,17 @@ def _write_unused(path: Path, tensors: dict[str, Tensor]) -> None:
         writer.close()
 
 
+def has_tokenizer(directory: Path) -> bool:
+    names = ("tokenizer.model", "tokenizer.json", "vocab.json")
+    return any((directory / name).is_file() for name in names)
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Byte copies of the tokenizer's files, whichever there are."""
     found = sorted({p for pattern in TOKENIZER_FILES for p in source.glob(pattern)})
     for path in found:
+        with reading(path):
+            content = path.read_bytes()
         target.mkdir(exist_ok=True)
-        shutil.copyfile(path, target / path.name)
+        (target / path.name).write_bytes(content)
     return [path.name for path in found]

@@ -77,9 +77,11 @@ def batch_of(prompts: dict[str, np.ndarray], tiles: int) -> dict[str, Any]:
     return batch
 
 
-def compare_live(model_dir: str | Path, hf_dir: str | Path) -> CaseReport:
-    """Logits (and, of exports, greedy tokens) of both for 0, 1 and 3 tiles, in float32."""
-    verifier = Verifier(model_dir, "float32")
+def compare_live(verifier: Verifier, hf_dir: str | Path) -> CaseReport:
+    """Logits (and, of exports, greedy tokens) of both for 0, 1 and 3 tiles.
+
+    verifier: computes in float32.
+    """
     config, params = verifier.whole_model()
     prompts = made_up_prompts(config)
     theirs = torch_outputs(hf_dir, prompts)

@@ -33,7 +33,9 @@ from hovle_jax.hf.configs import (
     llm_config,
     teacher_config,
 )
-from hovle_jax.hf.shards import Tensor, open_shards, read_tensor
+from hovle_jax.hf.section import Section
+from hovle_jax.hf.shards import Tensor, open_shards, read_tensor, same_bytes
+from hovle_jax.hf.tokens import check_ids, token_ids
 
 CONFIG = "config.json"
 # Buffers that old transformers saved; they are computed, not learned.
@@ -88,11 +90,13 @@ class HubDirectory:
                 out[path][i] = x
         return out
 
-    def read_layer(self, row: names.Row, path: str, index: Any) -> np.ndarray:
-        """One native array of a row: layer `index`, or that part of a row without layers."""
-        name = row.tensors[index] if row.layers else row.hf
-        x = row.to_native(read_tensor(self.tensors[name]))[row.native.index(path)]
-        return x if row.layers else x[index]
+    def read_layer(self, row: names.Row, index: Any) -> dict[str, np.ndarray]:
+        """Native arrays of a row: of layer `index`, or that part of a row without layers."""
+        arrays = row.to_native(
+            read_tensor(self.tensors[row.tensors[index] if row.layers else row.hf])
+        )
+        parts = arrays if row.layers else (x[index] for x in arrays)
+        return dict(zip(row.native, parts, strict=True))
 
     def check(self) -> None:
         """Refuses missing, misshaped and unexpected tensors, naming them.
@@ -159,13 +163,12 @@ def open_directory(directory: str | Path) -> HubDirectory:
       UserError: a config that is not understood, or weights that are not whole.
     """
     path = Path(directory)
-    raw = read_config(path)
+    raw = Section(read_config(path))
     if not is_hugging_face(path):
         raise UserError(f"{path}: is a native directory already")
     kind = raw.get("model_type")
-    if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and (
-        kind not in names.FAMILIES
-    ):
+    known = isinstance(kind, str) and kind in names.FAMILIES
+    if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and not known:
         if kind in ("hovle", "internvl_chat", "internvl"):
             raise UserError(
                 f"{path / CONFIG}: model_type {kind!r} with neither embedding_config (HoVLE) nor "
@@ -175,26 +178,30 @@ def open_directory(directory: str | Path) -> HubDirectory:
             f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, "
             + ", ".join(names.FAMILIES)
         )
-    tensors = open_shards(path)
+    tensors, tokens = open_shards(path), token_ids(path)
     try:
-        parts = _parts(raw, path.resolve().name, tensors)
-    except KeyError as error:
-        raise UserError(f"{path / CONFIG}: has no key {error}") from None
+        data = data_config(raw)
+        parts = _parts(raw, path.resolve().name, tensors, tokens)
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from None
-    chats = "template" in raw
-    return HubDirectory(path, raw, data_config(raw) if chats else None, parts, tensors)
+    config = parts["model"].config
+    assert isinstance(config, ModelConfig)
+    check_ids(config, path)
+    return HubDirectory(path, dict(raw), data, parts, tensors)
 
 
-def _parts(raw: dict[str, Any], name: str, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+def _parts(
+    raw: Section, name: str, tensors: Mapping[str, Tensor], tokens: Mapping[str, int]
+) -> dict[str, Part]:
     if "embedding_layers" in raw:
-        config = fused_config(raw, name)
+        config = fused_config(raw, name, tokens)
         return {"model": Part(config, tuple(names.fused(config)))}
     if "embedding_config" in raw:
-        config = _untied(hovle_config(raw, name), "language_model.", tensors)
+        body, head, llm = "language_model.model", "language_model.", raw.section("llm_config")
+        config = _untied(hovle_config(raw, name, tokens), llm, body, head, tensors)
         return {"model": Part(config, tuple(names.hovle(config)))}
     if "vision_config" not in raw:
-        config = _untied(llm_config(raw, name), "", tensors)
+        config = _untied(llm_config(raw, name, tokens), raw, "model", "", tensors)
         return {"model": Part(config, tuple(names.language_model(config)))}
     outer, body, head, tower = "", "language_model.model", "language_model.", names.TEACHER_NAMES
     if raw.get("model_type") == "internvl":
@@ -203,18 +210,34 @@ def _parts(raw: dict[str, Any], name: str, tensors: Mapping[str, Tensor]) -> dic
         if f"model.{tower['class']}" in tensors:
             outer, body, head = "model.", "model.language_model", ""
     vision = teacher_config(raw)
-    config = _untied(internvl_llm(raw, name), head, tensors)
+    llm = raw.section("llm_config" if "llm_config" in raw else "text_config")
+    config = _untied(internvl_llm(raw, name, tokens), llm, body, head, tensors)
     return {
         "teacher": Part(vision, tuple(names.teacher(vision, tower, outer))),
         "model": Part(config, tuple(names.language_model(config, body, head))),
     }
 
 
-def _untied(config: ModelConfig, head: str, tensors: Mapping[str, Tensor]) -> ModelConfig:
+def _untied(
+    config: ModelConfig, llm: Section, body: str, head: str, tensors: Mapping[str, Tensor]
+) -> ModelConfig:
     """Versions of transformers disagree on which config key ties a head; a head that is there
-    wins."""
-    own = f"{head}{names.FAMILIES[config.llm_family].head}.weight" in tensors
-    return dataclasses.replace(config, tie_head=config.tie_head and not own)
+    wins, unless the LLM's own config says that there is none.
+
+    Raises:
+      UserError: tied by the LLM's own config, and a head that is not the table.
+    """
+    family = names.FAMILIES[config.llm_family]
+    own, table = f"{head}{family.head}.weight", f"{body}.{family.table}.weight"
+    if own not in tensors:
+        return config
+    tied = llm.flag("tie_word_embeddings", False)
+    if tied and table in tensors and not same_bytes(tensors[own], tensors[table]):
+        raise UserError(
+            f"{llm.name('tie_word_embeddings')} is true, but {own} is not {table}, and versions of "
+            "transformers differ on which they use; set the key to false or delete the tensor"
+        )
+    return dataclasses.replace(config, tie_head=False)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -8,10 +8,11 @@ file is closed; a converter that promises a small peak has to seek instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +45,18 @@ class Tensor:
     def dtype(self) -> np.dtype[Any] | None:
         """None for a dtype no weight should have."""
         return DTYPES.get(self.code)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of the system while reading `path`, as one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if path.is_symlink() and not path.exists():
+            reason = f"a broken link to {os.readlink(path)}"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
 
 
 def open_shards(directory: str | Path) -> dict[str, Tensor]:
@@ -95,10 +108,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """Tensors of one file.
 
     Raises:
-      UserError: a file that is cut short or no safetensors file.
+      UserError: a file that cannot be read, is cut short or is no safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise UserError(f"{path}: truncated or no safetensors file ({size} bytes)")
@@ -126,13 +139,32 @@ def _tensor(path: Path, base: int, entry: Mapping[str, Any]) -> Tensor:
 
 
 def read_tensor(tensor: Tensor) -> np.ndarray:
+    """Raises UserError where the file cannot be read or has become shorter."""
     assert tensor.dtype is not None
-    data = np.empty(tensor.stop - tensor.start, np.uint8)
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
+    data = _read(tensor, tensor.start, tensor.stop)
+    return data.view(tensor.dtype).reshape(tensor.shape)
+
+
+def _read(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    """uint8 [stop - start] of the tensor's file."""
+    data = np.empty(stop - start, np.uint8)
+    with reading(tensor.file), tensor.file.open("rb") as file:
+        file.seek(start)
         if file.readinto(data.data) != data.size:
             raise UserError(f"{tensor.file}: truncated while reading; copy it again")
-    return data.view(tensor.dtype).reshape(tensor.shape)
+    return data
+
+
+def same_bytes(a: Tensor, b: Tensor, chunk: int = 2**24) -> bool:
+    """Whether two tensors have the same dtype, shape and numbers; read in pieces of `chunk`."""
+    size = a.stop - a.start
+    return (a.code, a.shape) == (b.code, b.shape) and all(
+        np.array_equal(
+            _read(a, a.start + i, min(a.start + i + chunk, a.stop)),
+            _read(b, b.start + i, min(b.start + i + chunk, b.stop)),
+        )
+        for i in range(0, size, chunk)
+    )
 
 
 class ShardWriter:

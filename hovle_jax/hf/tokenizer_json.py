@@ -1,18 +1,17 @@
 """SentencePiece and added tokens -> a tokenizer.json that gives the same ids.
 
 What transformers loads as a fast tokenizer needs neither SentencePiece nor our code. Its steps:
-split at special tokens, normalise, split at user-defined symbols, BPE or unigram, prepend BOS.
+split at special tokens, normalise, split at user-defined symbols, BPE, prepend BOS.
 
 Ids are those of `Tokenizer.encode`, except that a special token's other name in the SentencePiece
-model ('[UNUSED_TOKEN_146]' is '<|im_start|>' in InternLM2) is ordinary text here. What can differ
-in rare cases is refused unless asked for (`exact=False`):
+model ('[UNUSED_TOKEN_146]' is '<|im_start|>' in InternLM2) is ordinary text here. What could differ
+in rare cases is refused:
 
-* A character map (nmt_nfkc and so on; InternLM2 has none) is applied to user-perceived characters
-  of less than six bytes as a whole and to single code points otherwise, not to the longest match:
-  a full-width character with a combining mark, or half-width katakana with a voicing mark, can
-  come out differently.
-* Unigram scores are summed in float64 and not in float32: of equally likely ways to cut a text,
-  another can win (3 of 7000 random strings).
+* A character map (nmt_nfkc and so on; InternLM2 has none) would be applied to user-perceived
+  characters of less than six bytes as a whole and to single code points otherwise, not to the
+  longest match: a full-width character with a combining mark would come out differently.
+* Unigram scores would be summed in float64 and not in float32: of equally likely ways to cut a
+  text, another could win.
 
 Decoding differs for byte tokens that are no UTF-8. For models with a dummy prefix or that strip
 spaces it also differs where special tokens that are skipped stand in the middle (their next space
@@ -21,7 +20,6 @@ is kept here) and for unknown tokens at the start.
 
 from __future__ import annotations
 
-import base64
 import collections
 import json
 import re
@@ -33,7 +31,6 @@ import sentencepiece
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.hf.sentencepiece_model import (
-    BPE,
     BYTE,
     CONTROL,
     NORMAL,
@@ -136,25 +133,6 @@ def _whole_pieces_stay_whole(model: Model, special: Mapping[int, str]) -> bool:
     )
 
 
-def _check_symbols(model: Model) -> None:
-    """User-defined symbols are exempt from normalising; here they must not need to be."""
-    if any(" " in symbol for symbol in model.symbols):
-        raise unsupported("a user-defined symbol with a space")
-    for symbol in model.symbols:
-        if model.charsmap and _mapped(model, symbol) != symbol:
-            raise unsupported(f"the user-defined symbol {symbol!r} and a character map on it")
-
-
-def _mapped(model: Model, text: str) -> str:
-    """What the character map alone makes of text."""
-    return sentencepiece.SentencePieceNormalizer(
-        model_proto=model.proto,
-        add_dummy_prefix=False,
-        escape_whitespaces=False,
-        remove_extra_whitespaces=False,
-    ).normalize(text)
-
-
 def _crossing(symbols: Iterable[str], special: Iterable[str]) -> tuple[str, str] | None:
     """A user-defined symbol that could take text from a special token, which goes first."""
     for symbol in symbols:
@@ -178,12 +156,6 @@ def _normalizer(model: Model) -> dict[str, Any]:
     prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.dummy_prefix else []
     if not model.strip_spaces:
         steps += prefix
-    if model.charsmap:
-        charsmap = base64.b64encode(model.charsmap).decode()
-        # This one is a user-perceived character of two code points that ordinary text is full of.
-        newline = "\r\n"
-        steps.append(_replace(newline, _mapped(model, newline)))
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.strip_spaces:
         steps += [_replace(r"\A +", "", regex=True), _replace(" {2,}", " ", regex=True), *prefix]
     steps.append(_replace(" ", _SPACE))
@@ -276,33 +248,6 @@ def _bpe(model: Model, special: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def _unigram(model: Model, special: Mapping[int, str]) -> dict[str, Any]:
-    """As `_bpe`."""
-    # The smallest positive float32 is where SentencePiece starts to look for the best score.
-    smallest = 2.0**-126
-    best = max(smallest, *(piece.score for piece in model.pieces if piece.kind == NORMAL))
-    names = _names(model, special)
-    scores = [
-        # SentencePiece's own rule, with the length in bytes.
-        len(piece.text.encode()) * best - 0.1 if piece.kind == USER_DEFINED else piece.score
-        for piece in model.pieces
-    ]
-    # Tokens that text must not become by being spelt out: they are in the vocabulary, and score.
-    # A cut after the first character keeps them apart.
-    reserved = _reserved(model, special)
-    cuts = "|".join(f"{_quoted(name[0])}(?={_quoted(name[1:])})" for name in reserved if name[1:])
-    return {
-        "pre_tokenizer": _split(cuts, "MergedWithPrevious"),
-        "added": (),
-        "model": {
-            "type": "Unigram",
-            "unk_id": model.unk_id,
-            "vocab": [list(entry) for entry in zip(names, scores, strict=True)],
-            "byte_fallback": model.byte_fallback,
-        },
-    }
-
-
 def _decoder(model: Model, special: Mapping[int, str]) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     if model.unk_id not in special:
@@ -351,7 +296,6 @@ def tokenizer_files(
     chat_template: str | None = None,
     *,
     bos: bool = True,
-    exact: bool = True,
     model_max_length: int | None = None,
     processor_class: str | None = "HoVLEProcessor",
 ) -> dict[str, bytes]:
@@ -363,7 +307,6 @@ def tokenizer_files(
       tokenizer: With `bos` it needs a beginning-of-sequence piece.
       chat_template: Jinja text (`chat_template`) for the tokenizer's own apply_chat_template.
       bos: Begin encoded text with the beginning-of-sequence token.
-      exact: Refuse settings with which rare texts would get other ids; see above.
       model_max_length: Longest input in tokens, for a warning.
       processor_class: The processor of the same directory; None if there is none.
 
@@ -376,12 +319,13 @@ def tokenizer_files(
     """
     model = parse_model(tokenizer._files["tokenizer.model"])
     special = _special_tokens(tokenizer, model)
-    _check_symbols(model)
-    if exact and model.kind == UNIGRAM:
+    if any(" " in symbol for symbol in model.symbols):
+        raise unsupported("a user-defined symbol with a space")
+    if model.kind == UNIGRAM:
         raise unsupported("model_type=unigram (scores that tie are rounded differently)")
-    if exact and model.charsmap:
+    if model.charsmap:
         raise unsupported("a character map such as nmt_nfkc (combining marks come out differently)")
-    parts = _bpe(model, special) if model.kind == BPE else _unigram(model, special)
+    parts = _bpe(model, special)
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     named = {key: i for key, i in named.items() if i in special}
     if bos and "bos_token" not in named:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax import embedding, model, stages, teacher
-from hovle_jax.checkpoint import Stored, load
+from hovle_jax.checkpoint import load
 from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
-from hovle_jax.hf import names, reader
+from hovle_jax.hf import reader
 from hovle_jax.hf.cases import (
     BFLOAT16_ULPS,
     EAGER_PADDING,
-    GRADIENTS,
     LOSSES,
+    NOT_COMPUTED,
     PADDED_LENGTH,
     STATES,
     Arrays,
     CaseReport,
     Comparison,
     batch_of,
+    channels_last,
+    difference,
+    failed,
+    outputs,
     read_case,
     tiles_per_row,
     under,
 )
-from hovle_jax.tree import flatten
+from hovle_jax.hf.dynamic_rope import recompute, rescales, stretched_rows
+from hovle_jax.hf.gradients import compare_gradients, hub_gradients
+from hovle_jax.tree import flatten, unflatten
 
 Batch = dict[str, Any]
 
@@ -43,26 +48,34 @@ Batch = dict[str, Any]
 class Verifier:
     """A loaded directory that can be held against recorded cases."""
 
-    def __init__(self, directory: str | Path, dtype: str = ""):
-        """`dtype`: compute in it; '' = the weights' own (float16 computes in float32)."""
+    def __init__(self, directory: str | Path, dtype: str = "", rounded: str = ""):
+        """Reads each tensor once.
+
+        dtype: compute in it; '' = the weights' own (float16 computes in float32).
+        rounded: round the weights to it first, as an export in that dtype does.
+        """
         self._directory = str(directory)
-        parts = dict(_parts(directory))
-        if not parts:
-            raise UserError(f"{directory}: holds neither a model nor a teacher")
-        some = next(iter(flatten(next(iter(parts.values()))[1]).values()))
-        own = "bfloat16" if some.dtype == jnp.bfloat16 else "float32"
-        self.dtype = dtype or own
         self._model: tuple[ModelConfig, Any] | None = None
         self._teacher: tuple[TeacherConfig, Any] | None = None
-        self._whole = False
-        for stored, params in parts.values():
-            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        self._paths: set[str] = set()
+        self.dtype = dtype
+        for kind in _kinds(directory):
+            stored, params = load(directory, kind)
+            flat = flatten(params)
+            del params
+            bfloat16 = next(iter(flat.values())).dtype == jnp.bfloat16
+            self.dtype = self.dtype or ("bfloat16" if bfloat16 else "float32")
+            for name in flat:  # one by one: two copies of a model may be too many
+                x = flat[name].astype(rounded) if rounded else flat[name]
+                flat[name] = x.astype(jnp.float32)
             if isinstance(stored.config, TeacherConfig):
-                self._teacher = dataclasses.replace(stored.config, dtype=self.dtype), params
+                config: Any = dataclasses.replace(stored.config, dtype=self.dtype)
+                self._teacher = config, unflatten(flat)
             else:
                 config = dataclasses.replace(stored.model, dtype=self.dtype, remat="none")
-                self._model = config, params
-                self._whole = "embedding/vision/position" in stored.paths
+                self._model, self._paths = (config, unflatten(flat)), set(flat)
+        if self._model is None and self._teacher is None:
+            raise UserError(f"{directory}: holds neither a model nor a teacher")
 
     def case(self, path: str | Path) -> CaseReport:
         """Compares everything a case file holds.
@@ -70,11 +83,18 @@ class Verifier:
         Raises:
           UserError: a file that is no case, or none of whose arrays this directory can produce.
         """
-        found = list(self._compare(read_case(path)))
+        z = read_case(path)
+        try:
+            found = list(self._compare(z))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         compared = tuple(c for c in found if isinstance(c, Comparison))
         if not compared:
             raise UserError(f"{path}: holds no recorded output this directory can produce")
-        return CaseReport(str(path), compared, tuple(s for s in found if isinstance(s, str)))
+        skipped = [s for s in found if isinstance(s, str)]
+        looked_at = {c.name.split("[")[0] for c in compared} | {s.split(": ")[0] for s in skipped}
+        skipped += [f"{key}: {NOT_COMPUTED}" for key in outputs(z) if key not in looked_at]
+        return CaseReport(str(path), compared, tuple(skipped))
 
     def _compare(self, z: Arrays) -> Iterator[Comparison | str]:
         sizes = sorted({m[1] for k in z if (m := re.fullmatch(r"(\d+)\.in\.pixel_values", k))})
@@ -83,7 +103,8 @@ class Verifier:
                 yield from self._teacher_case(under(z, f"{size}."), f"{size}.")
         if self._model is None:
             return
-        if self._whole:
+        if self._is_whole or any(_HOVLE_ONLY.fullmatch(key) for key in z):
+            self.whole_model()
             yield from self._interpolation(z)
             if "in.input_ids" in z:
                 yield from self._model_case(z)
@@ -102,7 +123,7 @@ class Verifier:
         batch = batch_of(z, "in", config)
         mask = batch["segment_ids"] > 0
         left, ours = bool(np.any(~mask[:, 0])), self._outputs(batch, mask)
-        stretched = _stretched(config, mask)
+        stretched = stretched_rows(config, mask)
         if any(stretched):
             yield f"padded rows: {PADDED_LENGTH}"
         for key, expected in z.items():
@@ -113,24 +134,60 @@ class Verifier:
             if left and not prefix and not per_tile:
                 yield f"{key}: {EAGER_PADDING}"
             elif per_tile or (name == "image_embeds" and not any(stretched)):
-                yield self._states(key, ours[name].reshape(expected.shape), expected)
+                actual = ours[name]  # [T, places, C], recorded as such or as [T, rows, columns, C]
+                same_size = actual.size == expected.size
+                yield self._states(
+                    key, actual.reshape(expected.shape) if same_size else actual, expected
+                )
             elif all(stretched):
                 yield f"{key}: {PADDED_LENGTH}"
             elif name != "image_embeds":
-                inside = mask if expected.shape[1] == mask.shape[1] else ours["long_mask"]
+                short = expected.shape[1:2] == mask.shape[1:]
+                inside = mask if short or expected.ndim < 2 else ours["long_mask"]
+                if expected.ndim < 2:
+                    yield failed(
+                        key, STATES, f"recorded as {list(expected.shape)}, not [B, L, ...]"
+                    )
+                    continue
                 inside = inside[:, : expected.shape[1]]
+                if expected.shape[:2] != inside.shape or inside.sum() != len(ours[name]):
+                    reason = f"recorded as {list(expected.shape)} for input_ids {list(mask.shape)}"
+                    yield failed(key, STATES, reason)
+                    continue
                 same = ~np.repeat(stretched, inside.sum(axis=1))
                 yield self._states(key, ours[name][same], expected[inside][same])
         if any(stretched):
-            yield f"losses and gradients: {PADDED_LENGTH}"
+            for key in z:
+                if re.fullmatch(r"(flash\.)?(out\.loss.*|gradw?\.(norms|full\..*))", key):
+                    yield f"{key}: {PADDED_LENGTH}"
         else:
             yield from self._losses(z, batch, params, config, left)
         yield from self._generation(z)
 
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        return self._model is not None and self._paths >= set(
+            flatten(model.abstract_params(self._model[0]))
+        )
+
     def whole_model(self) -> tuple[ModelConfig, Any]:
-        """Config and float32 parameters."""
-        if self._model is None:
-            raise UserError(f"{self._directory}: holds no model")
+        """Config and float32 parameters of a HoVLE.
+
+        Raises:
+          UserError: the directory holds a part of one, or a teacher.
+        """
+        if self._model is None or not self._is_whole:
+            held = "an LLM alone" if "decoder/norm/scale" in self._paths else "the embedding module"
+            held = held if self._model is not None else "a teacher"
+            raise UserError(
+                f"{self._directory}: holds {held}, no whole HoVLE (stage II and later do)"
+            )
+        return self._model
+
+    def _language_model(self) -> tuple[ModelConfig, Any]:
+        needed = {"decoder/norm/scale", "decoder/head/kernel", "embedding/text/table"}
+        if self._model is None or not needed <= self._paths:
+            raise UserError(f"{self._directory}: holds no LLM (stage II and later do)")
         return self._model
 
     def greedy(
@@ -138,8 +195,8 @@ class Verifier:
     ) -> list[list[int]]:
         """`new` tokens after each prompt, as the reference decodes."""
         config, params = self.whole_model()
-        if _rescales(config, prompts, tiles, new):
-            return _recompute(params, config, prompts, tiles, new)
+        if rescales(config, prompts, tiles, new):
+            return recompute(params, config, prompts, tiles, new)
         return generate(params, config, prompts, tiles, max_new=new, stop_ids=())
 
     def _outputs(self, batch: Batch, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -194,6 +251,10 @@ class Verifier:
         if "in.labels" not in z:
             return
         labels = np.asarray(z["in.labels"])
+        for key in ("in.labels", "in.loss_weight", "in.loss_weight_all"):
+            if key in z and z[key].shape != batch["input_ids"].shape:
+                shape = list(batch["input_ids"].shape)
+                raise UserError(f"{key}: expected {shape} as input_ids, got {list(z[key].shape)}")
         run = RunConfig(stage="instruct", model=config)
 
         @functools.partial(jax.jit, static_argnums=2)
@@ -225,33 +286,37 @@ class Verifier:
                 if left and not key.startswith("flash."):
                     yield f"{key}: {EAGER_PADDING}"
                     continue
-                tolerance = self._tolerance(z[key], LOSSES)
-                yield Comparison(key, abs(float(value) - float(z[key])), tolerance)
+                yield self._states(key, np.asarray(value), z[key], LOSSES)
             if wanted and self.dtype == "float32":
                 hub = hub_gradients(config, grads)
-                yield from _gradients(z, hub, grad, left)
-            elif wanted:
-                yield f"{grad}.*: gradients are compared in float32"
+                yield from compare_gradients(z, hub, grad, left)
+            else:
+                yield from (f"{key}: gradients are compared in float32" for key in wanted)
 
     def _generation(self, z: Arrays) -> Iterator[Comparison | str]:
         if "gen.input_ids" not in z:
             return
         keys = [k for k in ("gen.tokens", "flash.gen.tokens", "gen.generate_tokens") if k in z]
         if self.dtype != "float32":
-            yield "gen.*: greedy tokens are compared in float32 (near-ties flip in bfloat16)"
+            reason = "greedy tokens are compared in float32 (near-ties flip in bfloat16)"
+            yield from (f"{key}: {reason}" for key in keys)
             return
         config, _ = self.whole_model()
-        mask = z["gen.attention_mask"] > 0
-        prompts = [ids[m] for ids, m in zip(z["gen.input_ids"], mask, strict=True)]
+        batch = batch_of(z, "gen", config)
+        mask = batch["segment_ids"] > 0
+        prompts = [ids[m] for ids, m in zip(batch["input_ids"], mask, strict=True)]
         if np.any(~mask[:, 0]):
-            yield f"gen.tokens: {EAGER_PADDING}"
+            yield from (f"{key}: {EAGER_PADDING}" for key in keys if not key.startswith("flash."))
             keys = [k for k in keys if k.startswith("flash.")]
-        stretched = _stretched(config, mask, extra=z[keys[0]].shape[1] if keys else 0)
+        for key in [k for k in keys if z[k].ndim != 2 or len(z[k]) != len(prompts)]:
+            yield failed(key, 0.0, f"recorded as {list(z[key].shape)} for {len(prompts)} prompts")
+            keys.remove(key)
+        stretched = stretched_rows(config, mask, extra=z[keys[0]].shape[1] if keys else 0)
         if any(stretched):
             yield f"gen.* of padded rows: {PADDED_LENGTH}"
         if all(stretched):
+            yield from (f"{key}: {PADDED_LENGTH}" for key in keys)
             return
-        batch = batch_of(z, "gen", config)
         pixels = batch.get("pixels")
         shape = (config.image_size, config.image_size, 3)
         tiles = [
@@ -290,7 +355,7 @@ class Verifier:
     ) -> Iterator[Comparison | str]:
         """The LLM alone: `text_embeddings` from its table, `logits`; its image tokens, if it has
         any, are the teacher's features of the first of `pixels` [T, 3, H, W]."""
-        config, params = self.whole_model()
+        config, params = self._language_model()
         batch: Batch = batch_of(
             {k: v for k, v in z.items() if k != "in.pixel_values"}, "in", config
         )
@@ -307,13 +372,25 @@ class Verifier:
         if "out.logits" in z:
             x = model.language_hidden(params, batch, config, features)
             ours = np.asarray(model.logits(params, x))[mask]
-            yield self._states(f"{prefix}out.logits", ours, z["out.logits"][mask])
+            expected = z["out.logits"]
+            if expected.shape[:2] != mask.shape:
+                reason = f"recorded as {list(expected.shape)} for input_ids {list(mask.shape)}"
+                yield failed(f"{prefix}out.logits", STATES, reason)
+            else:
+                yield self._states(f"{prefix}out.logits", ours, expected[mask])
 
     def _teacher_case(self, z: Arrays, prefix: str) -> Iterator[Comparison | str]:
         """hidden_N, pooler, pixel_shuffle_VERSION, extract_feature_VERSION[_select-N]."""
         assert self._teacher is not None
         config, params = self._teacher
-        pixels = jnp.asarray(np.moveaxis(z["in.pixel_values"], 1, -1))
+        given = channels_last(z["in.pixel_values"], f"{prefix}in.pixel_values", config.patch_size)
+        pixels = jnp.asarray(given)
+        least, most = -config.num_layers - 1, config.num_layers
+
+        def hidden_state(key: str, number: str) -> int:
+            if not least <= int(number) <= most:
+                raise UserError(f"{prefix}{key}: this teacher has hidden states up to {most}")
+            return int(number)
 
         @functools.cache
         def run(version: str, select: int) -> dict[str, np.ndarray]:
@@ -322,16 +399,16 @@ class Verifier:
 
         for key, expected in z.items():
             if m := re.fullmatch(r"out\.hidden_(\d+)", key):
-                ours = run("v2", int(m[1]))["hidden"]
+                ours = run("v2", hidden_state(key, m[1]))["hidden"]
             elif key == "out.pooler":
                 ours = run("v2", -1)["hidden"][:, 0]
             elif m := re.fullmatch(r"out\.pixel_shuffle_(v\d)", key):
                 hidden = run("v2", config.select_layer)["hidden"][:, 1:]
                 shuffled = embedding.pixel_shuffle(jnp.asarray(hidden), config.shuffle, m[1])
                 ours = np.asarray(shuffled)
-                ours = ours.reshape(expected.shape)
+                ours = ours.reshape(expected.shape) if ours.size == expected.size else ours
             elif m := re.fullmatch(r"out\.extract_feature(?:_(v\d))?(?:_select(-?\d+))?", key):
-                select = int(m[2]) if m[2] else config.select_layer
+                select = hidden_state(key, m[2]) if m[2] else config.select_layer
                 ours = run(m[1] or config.shuffle_version, select)["features"]
             else:
                 continue
@@ -339,12 +416,13 @@ class Verifier:
 
     # --- tolerances --------------------------------------------------------------------------
 
-    def _states(self, name: str, ours: np.ndarray, expected: np.ndarray) -> Comparison:
-        if ours.shape != expected.shape:
-            return Comparison(name, math.inf, STATES)
-        difference = np.abs(ours.astype(np.float64) - expected.astype(np.float64))
-        largest = float(difference.max()) if difference.size else 0.0
-        return Comparison(name, largest, self._tolerance(expected, STATES))
+    def _states(
+        self, name: str, ours: np.ndarray, expected: np.ndarray, float32: float = STATES
+    ) -> Comparison:
+        found = difference(name, ours, expected, float32)
+        if found.reason:
+            return found
+        return dataclasses.replace(found, tolerance=self._tolerance(expected, float32))
 
     def _tolerance(self, expected: np.ndarray, float32: float) -> float:
         if self.dtype == "float32":
@@ -353,106 +431,14 @@ class Verifier:
         return BFLOAT16_ULPS * scale
 
 
-def _parts(directory: str | Path) -> Iterator[tuple[str, tuple[Stored, Any]]]:
-    kinds: Sequence[str] = ("model",)
+def _kinds(directory: str | Path) -> tuple[str, ...]:
     if reader.is_hugging_face(directory):
-        kinds = tuple(reader.open_directory(directory).parts)
-    for kind in kinds:
-        yield kind, load(directory, kind)
+        return tuple(reader.open_directory(directory).parts)
+    return ("model",)
 
 
-def hub_gradients(config: ModelConfig, grads: Any) -> dict[str, np.ndarray]:
-    """Gradients by the released tensors' names; tensors that nothing reads are missing."""
-    flat = {k: np.asarray(v) for k, v in flatten(grads).items()}
-    out = {}
-    for row in names.hovle(config):
-        if not row.native:
-            continue
-        arrays = tuple(flat.pop(path) for path in row.native)
-        for i, name in enumerate(row.tensors):
-            out[name] = row.to_hf(tuple(a[i] for a in arrays) if row.layers else arrays)
-    assert not flat, f"gradients without a name: {sorted(flat)}"
-    return out
-
-
-def _gradients(
-    z: Arrays, ours: Mapping[str, np.ndarray], kind: str, left: bool
-) -> Iterator[Comparison | str]:
-    for prefix in ("", "flash."):
-        recorded = [
-            k for k in z if k.startswith((f"{prefix}{kind}.norms", f"{prefix}{kind}.full."))
-        ]
-        if left and not prefix:
-            yield from (f"{key}: {EAGER_PADDING}" for key in recorded)
-            continue
-        for key in recorded:
-            if key.endswith(".norms"):
-                yield from _norms(key, z["grad.names"].tolist(), z[key].tolist(), ours)
-            else:
-                expected = z[key].astype(np.float64)
-                actual = ours.get(key.split(".full.")[1], np.zeros_like(expected))
-                scale = float(np.linalg.norm(expected)) or 1.0
-                difference = float(np.linalg.norm(actual - expected)) / scale
-                yield Comparison(key, difference, GRADIENTS)
-
-
-def _norms(
-    key: str, recorded: Sequence[str], norms: Sequence[float], ours: Mapping[str, np.ndarray]
-) -> Iterator[Comparison]:
-    found = {k: float(np.linalg.norm(v.astype(np.float64))) for k, v in ours.items()}
-    for name in sorted(set(found) - set(recorded)):
-        yield Comparison(f"{key}[{name}]", math.inf, GRADIENTS)
-    for name, norm in zip(recorded, norms, strict=True):
-        if np.isnan(norm) or norm == 0:  # no gradient there: none here either
-            yield Comparison(f"{key}[{name}]", found.get(name, 0.0), 0.0)
-        else:
-            yield Comparison(f"{key}[{name}]", abs(found.get(name, 0.0) - norm) / norm, GRADIENTS)
-
-
-def _stretched(config: ModelConfig, mask: np.ndarray, extra: int = 0) -> np.ndarray:
-    """bool [B]: rows whose padding changes the reference's dynamic rope."""
-    stacks = (config.embedding, config.decoder)
-    trained = [s.max_positions for s in stacks if s.rope_scaling == "dynamic"]
-    if not trained or mask.shape[1] + extra <= min(trained):
-        return np.zeros(len(mask), bool)
-    return np.asarray(~mask.all(axis=1))
-
-
-def _rescales(
-    config: ModelConfig, prompts: Sequence[np.ndarray], tiles: Sequence[np.ndarray], new: int
-) -> bool:
-    """Whether dynamic rope scaling sets in before the last token."""
-
-    def reaches(stack: Any, extra: Sequence[int]) -> bool:
-        longest = max(len(p) + x for p, x in zip(prompts, extra, strict=True)) + new
-        return stack.rope_scaling == "dynamic" and longest > stack.max_positions
-
-    grown = config.tokens_per_tile * (config.shuffle**2 - 1)
-    post = config.shuffle_loc == "post"
-    extra = [len(t) * grown if post else 0 for t in tiles]
-    return reaches(config.embedding, extra) or reaches(config.decoder, [0] * len(prompts))
-
-
-def _recompute(
-    params: Any,
-    config: ModelConfig,
-    prompts: Sequence[np.ndarray],
-    tiles: Sequence[np.ndarray],
-    new: int,
-) -> list[list[int]]:
-    """Greedy decoding without a cache, row by row.
-
-    Past the trained length dynamic rope scaling turns every key anew with each token, which the
-    reference does and no cache can.
-    """
-    run: Callable[..., Any] = jax.jit(functools.partial(model.apply, config=config))
-    out = []
-    for prompt, own in zip(prompts, tiles, strict=True):
-        ids = [int(i) for i in prompt]
-        for _ in range(new):
-            batch = {"input_ids": jnp.asarray([ids], jnp.int32)}
-            if len(own):
-                batch["pixels"] = jnp.asarray(own[None])
-            ids.append(int(run(params, batch)["logits"][0, -1].argmax()))
-        out.append(ids[len(prompt) :])
-    return out
+# What no LLM by itself records.
+_HOVLE_ONLY = re.compile(
+    r"in\.(pixel_values|hd_.*)|(flash\.)?out\.(embed_.*|llm_.*|image_embeds|pixel_shuffle.*|vision_.*"
+    r"|pos_embed_.*|resize_pos_.*)|gen\..*"
+)

@@ -19,17 +19,18 @@ import ml_dtypes
 import numpy as np
 
 from hovle_jax.checkpoint import UNUSED, Stored, open_stored
-from hovle_jax.config import DataConfig, ModelConfig
+from hovle_jax.config import DataConfig, ModelConfig, RunConfig
 from hovle_jax.data.samples import check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.hf import card, configs, names
+from hovle_jax.hf import card, config_json, names
 from hovle_jax.hf.chat_template import chat_template
 from hovle_jax.hf.directory import new_directory
-from hovle_jax.hf.importer import copy_tokenizer
+from hovle_jax.hf.importer import copy_tokenizer, has_tokenizer
 from hovle_jax.hf.reader import open_directory
 from hovle_jax.hf.shards import ShardWriter, Tensor, read_header, read_tensor
 from hovle_jax.hf.tokenizer_json import tokenizer_files
+from hovle_jax.hf.tokens import check_ids
 from hovle_jax.metrics import Progress
 
 REMOTE = Path(__file__).parent / "remote"
@@ -75,11 +76,12 @@ def write_directory(
       UserError: a model that is not whole or cannot be written in this flavour; a full disk.
     """
     stored = open_stored(model_dir)
-    if stored.hub is not None:
-        stored.hub.check()
+    stored.check()
     config, data = stored.model, stored.data or DataConfig()
     table = {"reference": names.hovle, "fused": names.fused}[options.flavour]
-    describe = {"reference": configs.hovle_json, "fused": configs.fused_json}[options.flavour]
+    describe = {"reference": config_json.hovle_json, "fused": config_json.fused_json}[
+        options.flavour
+    ]
     description = describe(config, data, "float32")  # refuses before anything is read
     rows = table(config)
     lacking = sorted({p for row in rows for p in row.native} - stored.paths)
@@ -87,6 +89,8 @@ def write_directory(
         raise UserError(
             f"{model_dir}: has no {lacking[0]}: not a whole model (stage II and later are)"
         )
+    remarks = _check_kept(stored, rows)
+    assets = _assets(stored, config, options)
     sources = {
         name: _source(stored, config, row, i) for row in rows for i, name in enumerate(row.tensors)
     }
@@ -108,7 +112,7 @@ def write_directory(
                 progress.update(done)
         finally:
             writer.close()
-        remarks = _add_files(partial, stored, config, data, description, options)
+        remarks += _add_files(partial, assets, config, data, description, options)
         report: dict[str, Any] = {
             "flavour": options.flavour,
             "tensors": len(plan),
@@ -126,6 +130,41 @@ def write_directory(
     return remarks
 
 
+def _assets(stored: Stored, config: ModelConfig, options: ExportOptions) -> Path:
+    """The directory of the tokenizer's files, if there are any.
+
+    Raises:
+      UserError: --assets without a tokenizer, or a tokenizer of another model.
+    """
+    assets = Path(options.assets) if options.assets else stored.tokenizer
+    if has_tokenizer(assets):
+        # A SentencePiece model may hold the tokens itself; `check_tokenizer` looks there.
+        check_ids(config, assets, complete=not (assets / "tokenizer.model").is_file())
+    elif options.assets:
+        raise UserError(f"--assets {assets}: no tokenizer (tokenizer.model or tokenizer.json)")
+    return assets
+
+
+def _check_kept(stored: Stored, rows: list[names.Row]) -> list[str]:
+    """Remarks about tensors nothing reads that are made up, of a model that is no run.
+
+    Raises:
+      UserError: one that is there, but of another shape or kind.
+    """
+    kept, idle = _kept(stored), [row for row in rows if not row.native]
+    for row in idle:
+        tensor = kept.get(row.hf)
+        if tensor is not None and (tensor.shape != row.shape or tensor.dtype is None):
+            raise UserError(
+                f"{tensor.file}: {row.hf} is {tensor.code} {list(tensor.shape)}, expected "
+                f"{list(row.shape)}; delete the file to export without"
+            )
+    lost = [row.hf for row in idle if row.hf not in kept]
+    if not lost or isinstance(stored.config, RunConfig):
+        return []
+    return [f"{stored.directory}: no {UNUSED}: nothing reads {' and '.join(lost)}, made up here"]
+
+
 def _source(
     stored: Stored, config: ModelConfig, row: names.Row, i: int
 ) -> Callable[[], np.ndarray]:
@@ -133,7 +172,7 @@ def _source(
     if not row.native:
         return lambda: _unused(stored, config, row)
     index: Any = i if row.layers else slice(None)
-    return lambda: row.to_hf(tuple(stored.piece(path, index) for path in row.native))
+    return lambda: row.to_hf(stored.pieces(row.native, index))
 
 
 def _dtype(stored: Stored, row: names.Row) -> np.dtype[Any]:
@@ -160,7 +199,7 @@ def _unused(stored: Stored, config: ModelConfig, row: names.Row) -> np.ndarray:
         return read_tensor(tensor)
     table = "embedding/text/table"
     if row.shape == (config.text_rows, config.hidden_size):
-        return stored.piece(table, slice(None))
+        return stored.pieces((table,), slice(None))[0]
     return np.zeros(row.shape, stored.dtype_of(table))
 
 
@@ -182,7 +221,7 @@ def _write_json(path: Path, body: Mapping[str, Any]) -> None:
 
 def _add_files(
     out: Path,
-    stored: Stored,
+    assets: Path,
     config: ModelConfig,
     data: DataConfig,
     description: dict[str, Any],
@@ -190,12 +229,11 @@ def _add_files(
 ) -> list[str]:
     """Everything but the weights; returns remarks."""
     _write_json(out / "config.json", description)
-    _write_json(out / "generation_config.json", configs.generation_json(config))
+    _write_json(out / "generation_config.json", config_json.generation_json(config))
     for name in CODE[options.flavour]:
         shutil.copyfile(REMOTE / name, out / name)
-    assets = Path(options.assets) if options.assets else stored.tokenizer
     copied = set(copy_tokenizer(assets, out))
-    if not copied:
+    if not has_tokenizer(assets):
         return [f"{assets} has no tokenizer: exported without one, and without a processor"]
     # Servers encode rendered chats without special tokens: BOS has to be in the text.
     template = chat_template(get_template(data.template), data.system, bos=True)
@@ -212,7 +250,7 @@ def _add_files(
                 (out / name).write_bytes(content)
     if copied.isdisjoint(("chat_template.jinja", "chat_template.json")):
         (out / "chat_template.jinja").write_text(template)
-    for name, body in configs.processor_json(config, data).items():
+    for name, body in config_json.processor_json(config, data).items():
         _write_json(out / name, body)
     for name in PROCESSOR_CODE:
         shutil.copyfile(REMOTE / name, out / name)

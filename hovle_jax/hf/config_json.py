@@ -1,0 +1,219 @@
+"""The project's config dataclasses -> JSON files of a Hugging Face directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, DataConfig, LayersConfig, ModelConfig
+from hovle_jax.errors import UserError
+from hovle_jax.hf.configs import ARCHITECTURES, ID_KEYS
+
+_CLASS = "HoVLEForConditionalGeneration"
+_FUSED_CLASS = "HoVLEFusedForConditionalGeneration"
+
+
+def hovle_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
+    """config.json in the released layout; the released code and ours both read it.
+
+    Raises:
+      UserError: settings the released layout cannot express.
+    """
+    stacks = {"embedding": c.embedding, "decoder": c.decoder}
+    for name, stack in stacks.items():
+        if stack.qkv_bias != stack.out_bias and not (name == "decoder" and c.llm_family == "qwen2"):
+            raise UserError(f"model.{name}: qkv_bias and out_bias are one setting in this format")
+        derived = name == "embedding" or c.llm_family == "internlm2"  # no head_dim in the format
+        if derived and stack.head_dim * stack.num_heads != stack.hidden_size:
+            raise UserError(f"model.{name}: num_heads x head_dim is not hidden_size")
+    if c.llm_family == "qwen2" and not (c.decoder.qkv_bias and not c.decoder.out_bias):
+        raise UserError("model.decoder: Qwen2 has biases in q, k and v and none in o")
+    main = f"modeling_hovle.{_CLASS}"
+    special = {f"<special_{i}>": c.text_rows + i for i in range(c.special_tokens)}
+    return {
+        "architectures": [_CLASS],
+        "model_type": "hovle",
+        "auto_map": _auto_map("HoVLEConfig", main, main),
+        "bos_token_id": c.bos_id,
+        "downsample_ratio": 1 / c.shuffle,
+        "dynamic_image_size": True,
+        "embedding_config": {
+            "architectures": ["HolisticEmbedding"],
+            "model_type": "holistic_embedding",
+            "attention_bias": c.embedding.qkv_bias,
+            "attention_dropout": 0.0,
+            "attn_implementation": "eager",  # the released code reads it; ours takes an argument
+            "downsample_ratio": 1 / c.shuffle,
+            "drop_path_rate": 0.0,
+            "dropout": 0.0,
+            "image_size": c.image_size,
+            "img_context_token_id": c.img_context_id,
+            "llm_hidden_size": c.hidden_size,
+            "llm_vocab_size": c.text_rows,
+            "mlp_bias": False,
+            "num_channels": 3,
+            "patch_size": c.patch_size,
+            "pixel_shuffle_loc": c.shuffle_loc,
+            "special_token_maps": special,
+            "use_ls": False,
+            "use_pixel_shuffle_proj": c.projector,
+            **_layers_json(c.embedding),
+        },
+        "eos_token_id": c.eos_id,
+        "force_image_size": c.image_size,
+        "image_token_id": c.img_context_id,
+        **{key: getattr(c, ours) for key, ours in ID_KEYS.items()},
+        "llm_config": _llm_json(c, c.llm_family, dtype),
+        "max_dynamic_patch": data.max_tiles,
+        "min_dynamic_patch": data.min_tiles,
+        "normalize_encoder_output": c.normalize_embeddings,
+        "pad_token_id": c.pad_id,
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "system_message": data.system,
+        "template": data.template,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_thumbnail": data.thumbnail,
+    }
+
+
+def fused_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a model whose two stacks are one Llama.
+
+    Raises:
+      UserError: a model that is no such thing, with the reason.
+    """
+    for name, exact in (
+        ("model.shuffle_loc is 'post'", c.shuffle_loc == "pre"),
+        ("model.normalize_embeddings stands between the stacks", not c.normalize_embeddings),
+        ("the special-token table is separate", not c.special_tokens and not c.table_rows),
+        (
+            "dynamic rope follows a batch's longest row in Llama",
+            c.decoder.rope_scaling != "dynamic",
+        ),
+        ("Llama has biases in q, k, v and o or in none", c.decoder.qkv_bias == c.decoder.out_bias),
+    ):
+        if not exact:
+            raise UserError(f"--flavour fused is not exact for this model: {name}")
+    for field in dataclasses.fields(LayersConfig):
+        ours, theirs = getattr(c.embedding, field.name), getattr(c.decoder, field.name)
+        if ours != theirs and field.name not in ("num_layers", "initializer_range"):
+            raise UserError(
+                f"--flavour fused is not exact for this model: {field.name} is {ours} in the "
+                f"embedding module and {theirs} in the LLM"
+            )
+    main = f"modeling_hovle_fused.{_FUSED_CLASS}"
+    layers = c.embedding.num_layers + c.decoder.num_layers
+    return {
+        "architectures": [_FUSED_CLASS],
+        "model_type": "hovle",
+        "auto_map": _auto_map("HoVLEFusedConfig", "modeling_hovle_fused.HoVLEFusedModel", main),
+        "bos_token_id": c.bos_id,
+        "embedding_layers": c.embedding.num_layers,
+        "eos_token_id": c.eos_id,
+        "image_token_id": c.img_context_id,
+        **{key: getattr(c, ours) for key, ours in ID_KEYS.items()},
+        "max_dynamic_patch": data.max_tiles,
+        "min_dynamic_patch": data.min_tiles,
+        "pad_token_id": c.pad_id,
+        "system_message": data.system,
+        "template": data.template,
+        "text_config": _llm_json(c, "llama", dtype)
+        | {"num_hidden_layers": layers, "tie_word_embeddings": False},
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_thumbnail": data.thumbnail,
+        "vision_config": {
+            "model_type": "hovle_vision",
+            "downsample_ratio": 1 / c.shuffle,
+            "hidden_size": c.hidden_size,
+            "image_size": c.image_size,
+            "num_channels": 3,
+            "patch_size": c.patch_size,
+            "use_pixel_shuffle_proj": c.projector,
+        },
+    }
+
+
+def generation_json(c: ModelConfig) -> dict[str, Any]:
+    """generation_config.json: an answer ends at <|im_end|>."""
+    return {
+        "bos_token_id": c.bos_id,
+        "eos_token_id": [c.im_end_id, c.eos_id],
+        "pad_token_id": c.pad_id,
+    }
+
+
+def processor_json(c: ModelConfig, data: DataConfig) -> dict[str, dict[str, Any]]:
+    """The two files AutoProcessor reads, by name."""
+    processor = {"AutoProcessor": "processing_hovle.HoVLEProcessor"}
+    image = {"AutoImageProcessor": "image_processing_hovle.HoVLEImageProcessor"}
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "HoVLEImageProcessor",
+            "processor_class": "HoVLEProcessor",
+            "auto_map": image | processor,
+            "image_size": c.image_size,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+            "max_dynamic_patch": data.max_tiles,
+            "min_dynamic_patch": data.min_tiles,
+            "use_thumbnail": data.thumbnail,
+        },
+        "processor_config.json": {
+            "processor_class": "HoVLEProcessor",
+            "auto_map": processor,
+            "tokens_per_tile": c.tokens_per_tile,
+        },
+    }
+
+
+def _auto_map(config: str, base: str, main: str) -> dict[str, str]:
+    return {
+        "AutoConfig": f"configuration_hovle.{config}",
+        "AutoModel": base,
+        "AutoModelForCausalLM": main,
+        "AutoModelForImageTextToText": main,
+    }
+
+
+def _llm_json(c: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
+    architecture = next(k for k, v in ARCHITECTURES.items() if v == family)
+    bias, head_dim = c.decoder.qkv_bias, c.decoder.head_dim
+    own: dict[str, dict[str, Any]] = {
+        "internlm2": {"bias": bias, "attn_implementation": "eager"},
+        "llama": {"attention_bias": bias, "mlp_bias": False, "head_dim": head_dim},
+        "qwen2": {"use_sliding_window": False, "head_dim": head_dim},
+    }
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        **own[family],
+        "bos_token_id": c.bos_id,
+        "eos_token_id": c.eos_id,
+        "pad_token_id": c.pad_id,
+        "tie_word_embeddings": c.tie_head,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": c.vocab_size,
+        **_layers_json(c.decoder),
+    }
+
+
+def _layers_json(s: LayersConfig) -> dict[str, Any]:
+    scaled = s.rope_scaling != "none"
+    return {
+        "hidden_act": "silu",
+        "hidden_size": s.hidden_size,
+        "initializer_range": s.initializer_range,
+        "intermediate_size": s.intermediate_size,
+        "max_position_embeddings": s.max_positions,
+        "num_attention_heads": s.num_heads,
+        "num_hidden_layers": s.num_layers,
+        "num_key_value_heads": s.num_kv_heads,
+        "rms_norm_eps": s.rms_norm_eps,
+        "rope_scaling": {"type": s.rope_scaling, "factor": s.rope_factor} if scaled else None,
+        "rope_theta": s.rope_theta,
+    }
