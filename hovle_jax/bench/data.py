@@ -126,6 +126,7 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
         with timed(seconds, "assemble"):
             assembled = assemble(
                 row,
+                [reader.stream[draw].source for draw in draws],
                 tokens=data.tokens,
                 tiles=data.tiles,
                 image_size=config.model.image_size,
