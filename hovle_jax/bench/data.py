@@ -36,10 +36,10 @@ _SAMPLES = 48  # for the parts: enough for shares within a few hundredths
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of the block to `seconds[name]`."""
-    start = time.perf_counter()
+    """Adds the CPU seconds of the block, on this thread, to `seconds[name]`."""
+    start = time.thread_time()
     yield
-    seconds[name] += time.perf_counter() - start
+    seconds[name] += time.thread_time() - start
 
 
 def open_pipeline(config: RunConfig, index: Path) -> Pipeline:
@@ -98,7 +98,7 @@ def _records(config: RunConfig, kind: str) -> list[Any]:
 
 
 def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
-    """Seconds per row of every part, each called by itself, one thread.
+    """CPU seconds per row of every part, each called by itself, one thread.
 
     'read' is what a sample takes beyond decoding, resizing and tokenising: reading and checking the
     row, stage I's random text, stacking tiles.
@@ -111,8 +111,8 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
     plan.rows(0)  # opens what is opened once
     with timed(seconds, "plan"):
         planned = plan.rows(1)
-    rows: list[HostBatch] = []
-    samples = 0
+    batch: list[HostBatch] = []
+    rows = samples = 0
     for places in planned:
         draws = [n for n in places if reader.length(n) != (0, 0)]  # the others are left out
         row = []
@@ -135,18 +135,25 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
                 weights=stage.token_weights,
                 pad_id=config.model.pad_id,
             )
-        rows.append(assembled)
-        samples += len(row)
+        batch.append(assembled)
+        rows, samples = rows + 1, samples + len(row)
+        if len(batch) == min(data.rows, 4):  # as in training, memory is used again
+            _stack(seconds, batch)
         if samples >= _SAMPLES:
             break
-    for start in range(0, len(rows), data.rows):
-        with timed(seconds, "batch"):
-            {key: np.stack([r[key] for r in rows[start : start + data.rows]]) for key in rows[0]}
+    _stack(seconds, batch)
     pixels_and_text = seconds["decode"] + seconds["resize"] + seconds["tokenise"]
-    per_row = {part: seconds[part] / len(rows) for part in PARTS}
-    per_row["read"] = max(seconds["sample"] - pixels_and_text, 0.0) / len(rows)
+    per_row = {part: seconds[part] / rows for part in PARTS}
+    per_row["read"] = max(seconds["sample"] - pixels_and_text, 0.0) / rows
     per_row["plan"] = seconds["plan"] / len(planned)
     return per_row
+
+
+def _stack(seconds: dict[str, float], rows: list[HostBatch]) -> None:
+    """Batches the rows and forgets them."""
+    with timed(seconds, "batch"):
+        {key: np.stack([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+    rows.clear()
 
 
 def _pixels(seconds: dict[str, float], record: Record, tiler: Tiler) -> list[int]:
