@@ -23,10 +23,9 @@ from hovle_jax.data import image as image_lib
 from hovle_jax.data.chat import encode_conversation
 from hovle_jax.data.pack import assemble
 from hovle_jax.data.pipeline import START, HostBatch, Pipeline
-from hovle_jax.data.readers import ImageFolder
 from hovle_jax.data.records import Record
 from hovle_jax.data.samples import Tiler, get_template
-from hovle_jax.data.sources import open_meta
+from hovle_jax.data.sources import open_images, open_meta
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.stages import STAGES, get_stage
@@ -37,10 +36,10 @@ _SAMPLES = 48  # for the parts: enough for shares within a few hundredths
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of the block to `seconds[name]`."""
-    start = time.perf_counter()
+    """Adds the CPU seconds of the block, on this thread, to `seconds[name]`."""
+    start = time.thread_time()
     yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    seconds[name] += time.thread_time() - start
 
 
 def open_pipeline(config: RunConfig, index: Path) -> Pipeline:
@@ -91,28 +90,31 @@ def throughput(config: RunConfig, pipeline: Pipeline, seconds: float) -> dict[st
 
 def _records(config: RunConfig, kind: str) -> list[Any]:
     """The raw sources behind the pipeline's, in its order."""
-    if kind == "unpaired":
-        return [ImageFolder(path, path) for path in config.data.images]
-    return [entry.source for entry in open_meta(config.data.meta)]
+    data, unpaired = config.data, kind == "unpaired"
+    if unpaired and data.images:
+        return [open_images(path).source for path in data.images]
+    entries = open_meta(data.meta, data.repeat_mode, images_only=unpaired)
+    return [entry.source for entry in entries]
 
 
 def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
-    """Seconds per row of every part, each called by itself, one thread.
+    """CPU seconds per row of every part, each called by itself, one thread.
 
     'read' is what a sample takes beyond decoding, resizing and tokenising: reading and checking the
     row, stage I's random text, stacking tiles.
     """
     stage, data = get_stage(config.stage), config.data
     sources, tokenizer = _records(config, stage.data), Tokenizer.load(data.tokenizer)
-    seconds: dict[str, float] = {}
+    seconds = dict.fromkeys((*PARTS, "sample"), 0.0)
     reader, _ = pipeline.reader()
     plan = reader.plan()
     plan.rows(0)  # opens what is opened once
     with timed(seconds, "plan"):
         planned = plan.rows(1)
-    rows: list[HostBatch] = []
-    samples = 0
-    for draws in planned:
+    batch: list[HostBatch] = []
+    rows = samples = 0
+    for places in planned:
+        draws = [n for n in places if reader.length(n) != (0, 0)]  # the others are left out
         row = []
         for draw in draws:
             source, i = reader.origin(draw)
@@ -126,24 +128,32 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
         with timed(seconds, "assemble"):
             assembled = assemble(
                 row,
+                [reader.stream[draw].source for draw in draws],
                 tokens=data.tokens,
                 tiles=data.tiles,
                 image_size=config.model.image_size,
                 weights=stage.token_weights,
                 pad_id=config.model.pad_id,
             )
-        rows.append(assembled)
-        samples += len(row)
+        batch.append(assembled)
+        rows, samples = rows + 1, samples + len(row)
+        if len(batch) == min(data.rows, 4):  # as in training, memory is used again
+            _stack(seconds, batch)
         if samples >= _SAMPLES:
             break
-    for start in range(0, len(rows), data.rows):
-        with timed(seconds, "batch"):
-            {key: np.stack([r[key] for r in rows[start : start + data.rows]]) for key in rows[0]}
+    _stack(seconds, batch)
     pixels_and_text = seconds["decode"] + seconds["resize"] + seconds["tokenise"]
-    per_row = {part: seconds.get(part, 0.0) / len(rows) for part in PARTS}
-    per_row["read"] = max(seconds["sample"] - pixels_and_text, 0.0) / len(rows)
+    per_row = {part: seconds[part] / rows for part in PARTS}
+    per_row["read"] = max(seconds["sample"] - pixels_and_text, 0.0) / rows
     per_row["plan"] = seconds["plan"] / len(planned)
     return per_row
+
+
+def _stack(seconds: dict[str, float], rows: list[HostBatch]) -> None:
+    """Batches the rows and forgets them."""
+    with timed(seconds, "batch"):
+        {key: np.stack([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+    rows.clear()
 
 
 def _pixels(seconds: dict[str, float], record: Record, tiler: Tiler) -> list[int]:
@@ -186,7 +196,7 @@ def resize_ratios(image_size: int, max_tiles: int, repeats: int = 7) -> list[dic
         for to in dict.fromkeys([(image_size, image_size), (cols * image_size, rows * image_size)]):
             runs = []
             for _ in range(repeats):
-                once: dict[str, float] = {}
+                once = {"ours": 0.0, "pillow": 0.0}
                 with timed(once, "ours"):
                     image_lib.resize(picture, *to)
                 with timed(once, "pillow"):
