@@ -301,11 +301,17 @@ class Pipeline:
         drawn, bad = self.read
         # A few in a row mean little; a broken disk or a moved folder is many.
         if bad > max(self._config.data.max_bad * drawn, 10):
-            where = f"; see {self.rejects}" if self.rejects else ""
             raise UserError(
                 f"{bad} of {drawn} samples could not be read, more than config.data.max_bad="
-                f"{self._config.data.max_bad}{where}"
+                f"{self._config.data.max_bad}{self._last_rejects()}"
             )
+
+    def _last_rejects(self) -> str:
+        """The newest reasons, from whichever worker or host wrote them."""
+        if self.rejects is None or not self.rejects.is_file():
+            return ""
+        lines = self.rejects.read_text().splitlines()[-3:]
+        return f"; see {self.rejects}: " + "; ".join(json.loads(x)["reason"] for x in lines)
 
 
 def global_row(i: int, *, rows: int, host: int, hosts: int) -> int:
