@@ -151,7 +151,7 @@ class LayerInputs:
 
     cos: jax.Array  # [B, S, D/2]
     sin: jax.Array
-    mask: jax.Array  # bool [B, S, M]
+    mask: jax.Array  # attention.visible; bool [B, S, M] with a cache
     starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
 
 
@@ -187,7 +187,8 @@ class Attention(nn.Module):
         if cache is not None:
             assert inputs.starts is not None
             k, v = _write(cache["k"], k, inputs.starts), _write(cache["v"], v, inputs.starts)
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), inputs.mask, self.implementation)
+        how = self.implementation if cache is None else "xla"
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), inputs.mask, how)
         o = Linear(
             (c.hidden_size,),
             ("heads", "head_dim", "embed"),

@@ -11,7 +11,7 @@ names to mesh axes. Nothing else in the project mentions a mesh axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -93,3 +93,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def per_shard(fn: Callable[..., Any], ins: Sequence[Sequence[str]], out: Sequence[str]) -> Any:
+    """`fn` run by each device on its own part, for arrays whose axes are named; no mesh: `fn`.
+
+    `fn` must be exact on parts: an axis that RULES split may not be reduced over in it.
+    """
+
+    def call(*arrays: jax.Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return fn(*arrays)
+        specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(ins, arrays, strict=True))
+        shape = jax.eval_shape(fn, *arrays).shape
+        return jax.shard_map(
+            fn, in_specs=specs, out_specs=spec(out, shape, mesh), check_vma=False
+        )(*arrays)
+
+    return call
