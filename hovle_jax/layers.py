@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
@@ -33,7 +34,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,  # keep everything
     "full": _policies.nothing_saveable,
     "attention": _policies.save_only_these_names("attention_out"),
-    "projections": _policies.save_only_these_names("attention_out", "qkv", "mlp_in"),
+    # Every matrix product once, as "none", without what lies between them:
+    "minimal": _policies.save_only_these_names("qkv", "attention_out", "residual", "mlp_in"),
+    "products": _policies.save_only_these_names(
+        "qkv", "attention_out", "residual", "mlp_in", "mlp_hidden"
+    ),
+    "mixed": _policies.save_only_these_names("qkv", "attention_out", "residual"),
     "dots": _policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -138,10 +144,18 @@ def rope_tables(
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, S, heads, D] in float32: the first half of D with the second."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotates [B, S, heads, D] in float32: the first half of D with the second.
+
+    The halves change places in a product with a signed permutation, which is exact: slicing a head
+    in two and joining it again costs the TPU several passes over memory, the product none.
+    """
+    half = x.shape[-1] // 2
+    eye = np.eye(half, dtype=np.float32)
+    zero = np.zeros_like(eye)
+    turn = jnp.asarray(np.block([[zero, eye], [-eye, zero]]), x.dtype)
+    turned = jnp.matmul(x, turn, precision="highest", preferred_element_type=jnp.float32)
+    cos, sin = (jnp.concatenate([t, t], axis=-1)[:, :, None] for t in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +193,7 @@ class Attention(nn.Module):
             y = Linear(
                 size, ("embed", axis, "head_dim"), c.initializer_range, c.qkv_bias, name=name
             )(x)
-            return checkpoint_name(constrain(y, "batch", "length", axis, "head_dim"), "qkv")
+            return constrain(y, "batch", "length", axis, "head_dim")
 
         q = apply_rope(project("q", c.num_heads, "heads"), inputs.cos, inputs.sin)
         k = apply_rope(project("k", c.num_kv_heads, "kv_heads"), inputs.cos, inputs.sin)
@@ -216,7 +230,7 @@ class SwiGLU(nn.Module):
             y = Linear((c.intermediate_size,), ("embed", "mlp"), c.initializer_range, name=name)(x)
             return checkpoint_name(constrain(y, "batch", "length", "mlp"), "mlp_in")
 
-        h = jax.nn.silu(project("gate")) * project("up")
+        h = checkpoint_name(jax.nn.silu(project("gate")) * project("up"), "mlp_hidden")
         return Linear((c.hidden_size,), ("mlp", "embed"), output_std(c), name="down")(h)
 
 
@@ -235,7 +249,7 @@ class Layer(nn.Module):
         c = self.config
         y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         y, kv = Attention(c, self.implementation, name="attention")(y, inputs, cache)
-        x = x + y
+        x = checkpoint_name(x + y, "residual")
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         x = x + SwiGLU(c, name="mlp")(y)
         x = constrain(x, "batch", "length", "act_embed")

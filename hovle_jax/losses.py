@@ -5,10 +5,13 @@ B rows   S length   E width   V vocabulary
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import IGNORE
+from hovle_jax.sharding import gathered, part_of, per_shard
 
 COSINE_EPS = 1e-6
 
@@ -52,14 +55,27 @@ def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int
     hidden [B, S, E], head [E, V]. Only `chunk` places per row have scores at any time, forward and
     backward: [B, S, V] is never made (92,553 words: 1.5 GB per 4,096 tokens).
     """
+    rows = functools.partial(_nll_rows, chunk=chunk, vocab=head.shape[1])
+    axes = (("batch", "length", "act_embed"), ("embed", "vocab"), ("batch", "length"))
+    return per_shard(rows, axes, ("batch", "length"))(hidden, head.astype(hidden.dtype), targets)
+
+
+def _nll_rows(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, vocab: int
+) -> jax.Array:
+    """`token_nll` of one device's rows.
+
+    The head is gathered once and its gradient reduced once, whatever the number of chunks.
+    """
     b, s, e = hidden.shape
+    head = gathered(head, "embed", 0, e)
+    first, over_words = part_of("vocab", head.shape[1], vocab)
+    words = first + jnp.arange(head.shape[1])
     chunk = min(chunk, s)
     pad = -s % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
     n = (s + pad) // chunk
-    head = head.astype(hidden.dtype)
-    words = jnp.arange(head.shape[1])
 
     @jax.checkpoint
     def nll(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -67,7 +83,9 @@ def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int
         scores = scores.reshape(b, chunk, -1)
         # Compare-and-sum: a gather over the vocabulary is slow on TPU and its gradient a scatter.
         picked = jnp.sum(jnp.where(words == t[..., None], scores, 0.0), axis=-1)
-        return jnp.where(t == IGNORE, 0.0, jax.nn.logsumexp(scores, axis=-1) - picked)
+        top = over_words(jax.lax.pmax, jax.lax.stop_gradient(jnp.max(scores, axis=-1)))
+        total = over_words(jax.lax.psum, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1))
+        return jnp.where(t == IGNORE, 0.0, jnp.log(total) + top - over_words(jax.lax.psum, picked))
 
     if n == 1:
         return nll(hidden, targets)[:, :s]

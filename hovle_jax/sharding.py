@@ -107,8 +107,23 @@ def per_shard(fn: Callable[..., Any], ins: Sequence[Sequence[str]], out: Sequenc
             return fn(*arrays)
         specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(ins, arrays, strict=True))
         shape = jax.eval_shape(fn, *arrays).shape
-        return jax.shard_map(
-            fn, in_specs=specs, out_specs=spec(out, shape, mesh), check_vma=False
-        )(*arrays)
+        return jax.shard_map(fn, in_specs=specs, out_specs=spec(out, shape, mesh), check_vma=False)(
+            *arrays
+        )
 
     return call
+
+
+def gathered(x: jax.Array, axis: str, dim: int, size: int) -> jax.Array:
+    """Inside `per_shard`: the whole of dimension `dim`; its gradient is reduced and scattered."""
+    if x.shape[dim] == size:
+        return x
+    return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
+
+
+def part_of(axis: str, part: int, size: int) -> tuple[Any, Callable[..., jax.Array]]:
+    """Inside `per_shard`: (where this device's part of the axis begins, reduce(psum or pmax, x))."""
+    if part == size:
+        return 0, lambda _, x: x
+    names = RULES[axis]
+    return jax.lax.axis_index(names) * part, lambda reduce, x: reduce(x, names)
