@@ -84,6 +84,7 @@ def topology(name: str, slices: int = 1) -> Topology:
 
 def arguments(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
     """(state, frozen, teacher parameters, batch) of the step as shapes with their shardings."""
+    sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
     _, frozen = train_step.stage_shapes(config)
     teach, teach_shardings = {}, {}
     if get_stage(config.stage).teacher:
@@ -132,8 +133,8 @@ class Memory:
     """Bytes per device."""
 
     arguments: float
-    temporaries: float
-    peak: float
+    temporaries: float | None  # None: not compiled
+    peak: float | None
     limit: float
 
 
@@ -143,11 +144,11 @@ class Plan:
 
     memory: Memory
     model_flops: float
-    cost: hlo.Cost
-    compile_seconds: float
-    fingerprint: str
-    text: str = dataclasses.field(repr=False)  # the scheduled HLO
-    program: hlo.Program = dataclasses.field(repr=False)
+    cost: hlo.Cost | None = None  # None: not compiled
+    compile_seconds: float = 0.0
+    fingerprint: str = ""
+    text: str = dataclasses.field(default="", repr=False)  # the scheduled HLO
+    program: hlo.Program | None = dataclasses.field(default=None, repr=False)
 
 
 def make_plan(config: RunConfig, target: Topology) -> Plan:
@@ -181,6 +182,23 @@ def make_plan(config: RunConfig, target: Topology) -> Plan:
         text=text,
         program=program,
     )
+
+
+def outline(config: RunConfig, target: Topology) -> Plan:
+    """The part of a plan that shapes alone tell: state in memory, FLOPs. Seconds, not a minute."""
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(arguments(config, mesh))
+    )
+    memory = Memory(float(held), None, None, target.chip.hbm_bytes)
+    return Plan(memory, model_flops(config) / len(target.devices))
+
+
+def state_bytes(config: RunConfig) -> float:
+    """Of a checkpoint: what trains and its optimizer state."""
+    leaves = jax.tree.leaves(train_step.state_shapes(config))
+    return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves))
 
 
 def _reason(message: str) -> str:

@@ -271,6 +271,10 @@ class Cost:
         return self.matrix_seconds + self.vector_seconds + self.kernel_seconds
 
     @property
+    def kernel_flops(self) -> float:
+        return sum(k.flops for k in self.kernels)
+
+    @property
     def exposed_seconds(self) -> float:
         """Communication that nothing hides; not part of `step_seconds`."""
         return sum(c.seconds for c in self.collectives if not c.hidden)
@@ -408,10 +412,9 @@ def group_size(attributes: str, devices: int) -> int:
 def collective_seconds(kind: str, size: float, group: int, chip: Chip, devices: int) -> float:
     """Of one collective over an idle torus: a ring in both directions over every axis it spans."""
     axes = chip.torus_axes if group == devices and devices > 4 else 1
-    if chip.torus_axes == 3:
-        wraps = group % 4 == 0
-    else:  # two-dimensional slices close into a torus only along an axis of 16
-        wraps = group >= 16 * axes and devices >= 256
+    # Two-dimensional slices close into a ring only along an axis of 16.
+    flat = group >= 16 * axes and devices >= 256
+    wraps = group % 4 == 0 if chip.torus_axes == 3 else flat
     bandwidth = chip.ici_bandwidth * (2 if wraps else 1) * axes
     share = (group - 1) / group
     if kind == "collective-permute":

@@ -78,6 +78,16 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     )
 
 
+def check_rows(rows: int, accumulate: int, mesh: Any) -> None:
+    """A batch is split evenly over devices, and on each into `accumulate` parts."""
+    ways = math.prod(mesh.shape[a] for a in BATCH_AXES) * accumulate
+    if rows % ways:
+        raise UserError(
+            f"config.data.rows {rows} is not a multiple of {ways} (mesh data x fsdp x "
+            "config.optim.accumulate)"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch spread over every data-parallel device."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -122,7 +132,7 @@ def gathered(x: jax.Array, axis: str, dim: int, size: int) -> jax.Array:
 
 
 def part_of(axis: str, part: int, size: int) -> tuple[Any, Callable[..., jax.Array]]:
-    """Inside `per_shard`: (where this device's part of the axis begins, reduce(psum or pmax, x))."""
+    """Inside `per_shard`: (where this part of the axis begins, reduce(psum or pmax, x))."""
     if part == size:
         return 0, lambda _, x: x
     names = RULES[axis]
