@@ -151,13 +151,17 @@ class Plan:
     program: hlo.Program | None = dataclasses.field(default=None, repr=False)
 
 
+def mesh_of(config: RunConfig, target: Topology) -> Mesh:
+    return sharding.make_mesh(config.mesh, target.devices)
+
+
 def make_plan(config: RunConfig, target: Topology) -> Plan:
     """Compiles the step for `target`.
 
     Raises:
       UserError: it does not fit; the compiler's own figures are in the message.
     """
-    mesh = sharding.make_mesh(config.mesh, target.devices)
+    mesh = mesh_of(config, target)
     lowered = lower(config, mesh)
     begin = time.monotonic()
     try:
@@ -186,7 +190,7 @@ def make_plan(config: RunConfig, target: Topology) -> Plan:
 
 def outline(config: RunConfig, target: Topology) -> Plan:
     """The part of a plan that shapes alone tell: state in memory, FLOPs. Seconds, not a minute."""
-    mesh = sharding.make_mesh(config.mesh, target.devices)
+    mesh = mesh_of(config, target)
     held = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(arguments(config, mesh))

@@ -8,7 +8,7 @@ Positions restart in every segment, so one rule serves packed rows, padding (seg
     xla      softmax over every key; the reference, and what caches use
     splash   Pallas flash attention on TPU: scores stay on the chip; whole rows only, where a place
              in the row says as much as a position does
-    auto     splash where the step is compiled for TPU (train_step.jit_step), else xla
+    auto     splash where the program is for TPU, else xla
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax import flash
 from hovle_jax.errors import UserError
-from hovle_jax.sharding import per_shard
+from hovle_jax.sharding import per_shard, platform
 
 MASKED = -1e30  # finite: a fully masked (padding) query averages values instead of giving NaN
 
@@ -37,7 +37,7 @@ def causal_mask(
 
 def visible(segment_ids: jax.Array, position_ids: jax.Array, implementation: str) -> jax.Array:
     """What `attend` takes as `mask` for whole rows [B, S]: segment ids for splash, else a mask."""
-    if _known(implementation).startswith("splash"):
+    if _resolve(implementation).startswith("splash"):
         return segment_ids
     return causal_mask(segment_ids, segment_ids, position_ids, position_ids)
 
@@ -53,12 +53,14 @@ def attend(
 
     Query heads are ordered (kv head, group), as InternLM2's `wqkv` packs them.
     """
-    return IMPLEMENTATIONS[_known(implementation)](q, k, v, mask)
+    return IMPLEMENTATIONS[_resolve(implementation)](q, k, v, mask)
 
 
-def _known(implementation: str) -> str:
+def _resolve(implementation: str) -> str:
+    if implementation == "auto":
+        return "splash" if platform() == "tpu" else "xla"
     if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise UserError(f"model.attention: {implementation!r} is not one of {known}")
     return implementation
 
@@ -91,7 +93,6 @@ def _splash(
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "auto": _xla,
     "xla": _xla,
     "splash": _splash,
     "splash_interpret": functools.partial(_splash, interpret=True),  # on CPU, for tests

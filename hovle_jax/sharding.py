@@ -97,6 +97,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def platform() -> str:
+    """'tpu', 'gpu' or 'cpu': what the program being traced will run on, here or elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return str(device.platform) if device is not None else jax.default_backend()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the layout of an activation under `jax.set_mesh`; without a mesh, does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

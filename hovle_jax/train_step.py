@@ -197,18 +197,8 @@ def _counts(batch: Any, config: RunConfig) -> Metrics:
     return out
 
 
-def for_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
-    """The config with what it leaves to the devices (`model.attention` "auto") decided."""
-    if config.model.attention != "auto":
-        return config
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    model = dataclasses.replace(config.model, attention="splash" if on_tpu else "xla")
-    return dataclasses.replace(config, model=model)
-
-
 def jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """The compiled step for `mesh`; call it under `jax.set_mesh(mesh)`. Donates the state."""
-    config = for_mesh(config, mesh)
     _, frozen = stage_shapes(config)
     state = state_shardings(config, mesh)
     teach = teacher_shardings(config, mesh) if get_stage(config.stage).teacher else {}

@@ -327,7 +327,8 @@ def test_remat_recomputes():
         return sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr.jaxpr))
 
     count = {remat: products(remat) for remat in REMAT_POLICIES}
-    assert count["full"] > count["attention"] > count["mixed"] > count["products"] == count["none"]
+    assert count["full"] > count["attention"] > count["mixed"] > count["products"]
+    assert count["products"] == count["none"] + 2  # the scores of attention, in both stacks
     assert count["full"] > count["dots"] > count["none"]
 
 
