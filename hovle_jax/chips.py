@@ -101,7 +101,7 @@ def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
     return x, y, False
 
 
-def compiler_options(chip: Chip) -> dict[str, str]:
+def compiler_options(chip: Chip) -> dict[str, str | bool]:
     """For `jax.stages.Lowered.compile(compiler_options=...)`."""
     return {option.name: option.value for option in OPTIONS[chip.name]}
 

@@ -264,7 +264,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 (all the rest)."""
+    """Devices per mesh axis inside one TPU slice; one axis may be -1 (all the rest)."""
 
     data: int = 1
     fsdp: int = -1

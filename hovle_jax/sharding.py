@@ -3,7 +3,8 @@
 Layers name the axes of their parameters and activations (`embed`, `heads`, ...); RULES maps those
 names to mesh axes. Nothing else in the project mentions a mesh axis.
 
-    data    batch only: parameters replicated (the axis that crosses slices)
+    slice   batch only: the TPU slices of a run, joined by network; sized by the devices themselves
+    data    batch only: parameters replicated
     fsdp    batch, and every parameter split along its width
     tensor  heads, MLP width and vocabulary split inside each layer
 """
@@ -16,13 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
 
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
@@ -43,19 +45,31 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them), sized by `config`."""
+    """A mesh over `devices` (default: all of them), sized by `config` inside each slice."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(config, a) for a in AXES]
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    inside = len(devices) // slices
+    sizes = [getattr(config, a) for a in AXES[1:]]
     if sizes.count(-1) > 1:
         raise UserError("mesh: only one of data, fsdp, tensor may be -1")
     known = math.prod(s for s in sizes if s != -1)
-    if known < 1 or len(devices) % known:
-        raise UserError(f"mesh: {sizes} does not divide {len(devices)} devices")
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != len(devices):
-        raise UserError(f"mesh: {sizes} needs {math.prod(sizes)} devices, found {len(devices)}")
-    grid = np.asarray(devices, dtype=object).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if known < 1 or inside % known:
+        raise UserError(f"mesh: {sizes} does not divide {inside} devices")
+    sizes = [inside // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != inside:
+        raise UserError(f"mesh: {sizes} needs {math.prod(sizes)} devices, found {inside}")
+    return Mesh(_grid(devices, slices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(devices: list[Any], slices: int, sizes: list[int]) -> np.ndarray:
+    """Devices as [slice, data, fsdp, tensor]; on TPU, neighbours on an axis are linked."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices, dtype=object).reshape(slices, *sizes)
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            (1, *sizes), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh((1, *sizes), devices, allow_split_physical_axes=True)
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
