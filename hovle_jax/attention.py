@@ -4,17 +4,25 @@
 
 A query sees a key when both belong to the same segment and the key's position is not later.
 Positions restart in every segment, so one rule serves packed rows, padding (segment 0) and caches.
+
+    xla      softmax over every key; the reference, and what caches use
+    splash   Pallas flash attention on TPU: scores stay on the chip; whole rows only, where a place
+             in the row says as much as a position does
+    auto     splash where the program is for TPU, else xla
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from hovle_jax import flash
 from hovle_jax.errors import UserError
+from hovle_jax.sharding import per_shard, platform
 
 MASKED = -1e30  # finite: a fully masked (padding) query averages values instead of giving NaN
 
@@ -27,32 +35,65 @@ def causal_mask(
     return same & (q_positions[:, :, None] >= kv_positions[:, None, :])
 
 
+def visible(segment_ids: jax.Array, position_ids: jax.Array, implementation: str) -> jax.Array:
+    """What `attend` takes as `mask` for whole rows [B, S]: segment ids for splash, else a mask."""
+    if _resolve(implementation).startswith("splash"):
+        return segment_ids
+    return causal_mask(segment_ids, segment_ids, position_ids, position_ids)
+
+
 def attend(
     q: jax.Array,  # [B, S, K * G, D]
     k: jax.Array,  # [B, M, K, D]
     v: jax.Array,  # [B, M, K, D]
-    mask: jax.Array,  # bool [B, S, M]
+    mask: jax.Array,  # bool [B, S, M], or segment ids [B, S] for splash: `visible`
     implementation: str = "xla",
 ) -> jax.Array:
     """Grouped-query softmax attention, scaled by 1/sqrt(D): [B, S, K * G, D] in q's dtype.
 
     Query heads are ordered (kv head, group), as InternLM2's `wqkv` packs them.
     """
-    try:
-        fn = IMPLEMENTATIONS[implementation]
-    except KeyError:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise UserError(f"model.attention: {implementation!r} is not one of {known}") from None
-    return checkpoint_name(fn(q, k, v, mask), "attention_out")
+    return IMPLEMENTATIONS[_resolve(implementation)](q, k, v, mask)
+
+
+def _resolve(implementation: str) -> str:
+    if implementation == "auto":
+        return "splash" if platform() == "tpu" else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise UserError(f"model.attention: {implementation!r} is not one of {known}")
+    return implementation
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     b, s, heads, d = q.shape
+    q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
     grouped = q.reshape(b, s, k.shape[2], heads // k.shape[2], d)
     scores = jnp.einsum("bskgd,bmkd->bkgsm", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgsm,bmkd->bskgd", weights, v).reshape(b, s, heads, d)
+    out = jnp.einsum("bkgsm,bmkd->bskgd", weights, v).reshape(b, s, heads, d)
+    return checkpoint_name(out, "attention_out")
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla}
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Each device runs the kernel on its own rows and heads; nothing is exchanged."""
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    # Named as the kernel reads them: what is kept for the backward pass needs no more work there.
+    q, k, v = (checkpoint_name(x.swapaxes(1, 2), "qkv") for x in (q, k, v))
+    heads = ("batch", "heads", "length", "head_dim")
+    kv_heads = ("batch", "kv_heads", "length", "head_dim")
+    kernel = functools.partial(flash.attention, interpret=interpret)
+    out = per_shard(kernel, (heads, kv_heads, kv_heads, ("batch", "length")), heads)(
+        q, k, v, segment_ids
+    )
+    return out.swapaxes(1, 2)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _xla,
+    "splash": _splash,
+    "splash_interpret": functools.partial(_splash, interpret=True),  # on CPU, for tests
+}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_bench, cli_data
+from hovle_jax import __version__, cli_bench, cli_data, cli_plan
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -193,6 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     train.add_argument("--workdir", required=True)
+
+    cli_plan.add_command(add, load_config)
 
     data = commands.add_parser(
         "data", help=cli_data.__doc__, description=cli_data.__doc__, allow_abbrev=False

@@ -86,8 +86,8 @@ class ModelConfig:
     img_context_id: int = 92546
     # How it is computed, not what: none of these changes a parameter.
     dtype: str = "bfloat16"
-    remat: str = "full"  # none | full | attention | dots (layers.REMAT_POLICIES)
-    attention: str = "xla"  # attention.IMPLEMENTATIONS
+    remat: str = "full"  # layers.REMAT_POLICIES
+    attention: str = "auto"  # attention.IMPLEMENTATIONS; auto = splash on TPU, else xla
     loss_chunk: int = 512  # tokens per row whose logits exist at one time
 
     def __post_init__(self) -> None:
@@ -268,7 +268,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 (all the rest)."""
+    """Devices per mesh axis inside one TPU slice; one axis may be -1 (all the rest)."""
 
     data: int = 1
     fsdp: int = -1

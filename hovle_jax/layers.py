@@ -19,13 +19,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.attention import attend
 from hovle_jax.config import LayersConfig
 from hovle_jax.errors import UserError
-from hovle_jax.sharding import constrain
+from hovle_jax.sharding import constrain, platform
 
 # What a layer keeps from its forward pass for the backward one; everything else is recomputed.
 _policies = jax.checkpoint_policies
@@ -33,7 +34,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,  # keep everything
     "full": _policies.nothing_saveable,
     "attention": _policies.save_only_these_names("attention_out"),
-    "projections": _policies.save_only_these_names("attention_out", "qkv", "mlp_in"),
+    # Every matrix product once, as "none", without what lies between them:
+    "minimal": _policies.save_only_these_names("qkv", "attention_out", "residual", "mlp_in"),
+    "products": _policies.save_only_these_names(
+        "qkv", "attention_out", "residual", "mlp_in", "mlp_hidden"
+    ),
+    "mixed": _policies.save_only_these_names("qkv", "attention_out", "residual"),
     "dots": _policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -90,10 +96,14 @@ class Linear(nn.Module):
         shape = x.shape[-num_in:] + self.features
         init = named(nn.initializers.normal(self.std), *self.axes)
         kernel = self.param("kernel", init, shape, jnp.float32)
-        # Both sides become matrices first: XLA's CPU backend needs 1.3x the time otherwise.
-        width = math.prod(shape[:num_in])
-        y = x.reshape(-1, width) @ kernel.astype(x.dtype).reshape(width, -1)
-        y = y.reshape(*x.shape[: x.ndim - num_in], *self.features)
+        kernel = kernel.astype(x.dtype)
+        if platform() == "cpu":
+            # As matrices: XLA's CPU backend needs 1.3x the time otherwise, its TPU backend copies.
+            width = math.prod(shape[:num_in])
+            y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+            y = y.reshape(*x.shape[: x.ndim - num_in], *self.features)
+        else:
+            y = jnp.tensordot(x, kernel, num_in)
         if self.bias:
             zeros = named(nn.initializers.zeros, *self.axes[num_in:])
             y = y + self.param("bias", zeros, self.features, jnp.float32).astype(x.dtype)
@@ -138,10 +148,18 @@ def rope_tables(
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, S, heads, D] in float32: the first half of D with the second."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotates [B, S, heads, D] in float32: the first half of D with the second.
+
+    The halves change places in a product with a signed permutation, which is exact: slicing a head
+    in two and joining it again costs the TPU several passes over memory, the product none.
+    """
+    half = x.shape[-1] // 2
+    eye = np.eye(half, dtype=np.float32)
+    zero = np.zeros_like(eye)
+    turn = jnp.asarray(np.block([[zero, eye], [-eye, zero]]), x.dtype)
+    turned = jnp.matmul(x, turn, precision="highest", preferred_element_type=jnp.float32)
+    cos, sin = (jnp.concatenate([t, t], axis=-1)[:, :, None] for t in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +169,7 @@ class LayerInputs:
 
     cos: jax.Array  # [B, S, D/2]
     sin: jax.Array
-    mask: jax.Array  # bool [B, S, M]
+    mask: jax.Array  # attention.visible; bool [B, S, M] with a cache
     starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
 
 
@@ -179,7 +197,7 @@ class Attention(nn.Module):
             y = Linear(
                 size, ("embed", axis, "head_dim"), c.initializer_range, c.qkv_bias, name=name
             )(x)
-            return checkpoint_name(constrain(y, "batch", "length", axis, "head_dim"), "qkv")
+            return constrain(y, "batch", "length", axis, "head_dim")
 
         q = apply_rope(project("q", c.num_heads, "heads"), inputs.cos, inputs.sin)
         k = apply_rope(project("k", c.num_kv_heads, "kv_heads"), inputs.cos, inputs.sin)
@@ -187,7 +205,8 @@ class Attention(nn.Module):
         if cache is not None:
             assert inputs.starts is not None
             k, v = _write(cache["k"], k, inputs.starts), _write(cache["v"], v, inputs.starts)
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), inputs.mask, self.implementation)
+        how = self.implementation if cache is None else "xla"
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), inputs.mask, how)
         o = Linear(
             (c.hidden_size,),
             ("heads", "head_dim", "embed"),
@@ -204,6 +223,31 @@ def _write(cache: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     return jax.vmap(lambda c, n, s: update(c, n.astype(c.dtype), s, axis=0))(cache, new, starts)
 
 
+@jax.custom_vjp
+def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, with a gradient the TPU computes where that of the result is made.
+
+    The barrier keeps the two gradients together; else the compiler makes them from the gradient of
+    the result in passes of their own, one of them once per product that reads it.
+    """
+    return jax.nn.silu(gate) * up
+
+
+def _silu_times_forward(gate: jax.Array, up: jax.Array) -> Any:
+    return silu_times(gate, up), (gate, up)
+
+
+def _silu_times_backward(saved: Any, d: jax.Array) -> Any:
+    gate, up, wide = (x.astype(jnp.float32) for x in (*saved, d))
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    gradients = dgate.astype(d.dtype), (wide * gate * sigmoid).astype(d.dtype)
+    return jax.lax.optimization_barrier(gradients)
+
+
+silu_times.defvjp(_silu_times_forward, _silu_times_backward)
+
+
 class SwiGLU(nn.Module):
     config: LayersConfig
 
@@ -215,7 +259,7 @@ class SwiGLU(nn.Module):
             y = Linear((c.intermediate_size,), ("embed", "mlp"), c.initializer_range, name=name)(x)
             return checkpoint_name(constrain(y, "batch", "length", "mlp"), "mlp_in")
 
-        h = jax.nn.silu(project("gate")) * project("up")
+        h = checkpoint_name(silu_times(project("gate"), project("up")), "mlp_hidden")
         return Linear((c.hidden_size,), ("mlp", "embed"), output_std(c), name="down")(h)
 
 
@@ -234,7 +278,7 @@ class Layer(nn.Module):
         c = self.config
         y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         y, kv = Attention(c, self.implementation, name="attention")(y, inputs, cache)
-        x = x + y
+        x = checkpoint_name(x + y, "residual")
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         x = x + SwiGLU(c, name="mlp")(y)
         x = constrain(x, "batch", "length", "act_embed")

@@ -5,10 +5,15 @@ B rows   S length   E width   V vocabulary
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import IGNORE
+from hovle_jax.sharding import gathered, part_of, per_shard
 
 COSINE_EPS = 1e-6
 
@@ -46,31 +51,107 @@ def next_token_weights(
     return targets, weights.astype(jnp.float32)
 
 
-def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+def token_nll(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> jax.Array:
     """-log p(target) per place, float32 [B, S]; 0 where the target is IGNORE.
 
-    hidden [B, S, E], head [E, V]. Only `chunk` places per row have scores at any time, forward and
-    backward: [B, S, V] is never made (92,553 words: 1.5 GB per 4,096 tokens).
+    hidden [B, S, E], head [E, V]. `weights` [B, S] says how the loss will weigh the places, up to
+    one factor: the gradient is computed along with the loss, from the same scores, so how much each
+    place matters must be known by then. A loss that weighs them otherwise has NaN for a gradient.
+
+    Only `chunk` places per row have scores at any time: [B, S, V] is never made (92,553 words:
+    1.5 GB per 4,096 tokens).
+    """
+    rows = functools.partial(_nll_rows, chunk=chunk, vocab=head.shape[1])
+    places = ("batch", "length")
+    axes = ((*places, "act_embed"), ("embed", "vocab"), places, places)
+    return per_shard(rows, axes, places)(hidden, head.astype(hidden.dtype), targets, weights)
+
+
+def _nll_rows(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    vocab: int,
+) -> jax.Array:
+    """`token_nll` of one device's rows.
+
+    The head is gathered once and its gradient reduced once, whatever the number of chunks.
     """
     b, s, e = hidden.shape
+    head = gathered(head, "embed", 0, e)
     chunk = min(chunk, s)
     pad = -s % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
-    n = (s + pad) // chunk
-    head = head.astype(hidden.dtype)
-    words = jnp.arange(head.shape[1])
+    weights = jnp.where(targets == IGNORE, 0.0, weights)
 
-    @jax.checkpoint
-    def nll(x: jax.Array, t: jax.Array) -> jax.Array:
-        scores = jnp.matmul(x.reshape(-1, e), head, preferred_element_type=jnp.float32)
-        scores = scores.reshape(b, chunk, -1)
-        # Compare-and-sum: a gather over the vocabulary is slow on TPU and its gradient a scatter.
-        picked = jnp.sum(jnp.where(words == t[..., None], scores, 0.0), axis=-1)
-        return jnp.where(t == IGNORE, 0.0, jax.nn.logsumexp(scores, axis=-1) - picked)
+    def chunked(x: jax.Array, fill: float = 0) -> jax.Array:
+        """[B, S, ...] -> [chunks, B * chunk, ...]"""
+        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        x = x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(x.shape[0], b * chunk, *x.shape[3:])
 
-    if n == 1:
-        return nll(hidden, targets)[:, :s]
-    xs = hidden.reshape(b, n, chunk, e).swapaxes(0, 1), targets.reshape(b, n, chunk).swapaxes(0, 1)
-    _, out = jax.lax.scan(lambda _, x: (None, nll(*x)), None, xs)
-    return out.swapaxes(0, 1).reshape(b, -1)[:, :s]
+    nll = _nll(chunked(hidden), head, chunked(targets, IGNORE), chunked(weights), vocab)
+    return nll.reshape(-1, b, chunk).swapaxes(0, 1).reshape(b, -1)[:, :s]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _nll(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, vocab: int
+) -> jax.Array:
+    """hidden [chunks, places, E], targets and weights [chunks, places] -> [chunks, places]."""
+    return jax.lax.map(lambda x: _scores(x[0], head, x[1], vocab)[0], (hidden, targets))
+
+
+def _scores(
+    x: jax.Array, head: jax.Array, targets: jax.Array, vocab: int
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """(nll [places], its gradient by the scores [places, V], when asked for)."""
+    first, over_words = part_of("vocab", head.shape[1], vocab)
+    # Compare-and-sum: a gather over the vocabulary is slow on TPU and its gradient a scatter.
+    is_target = (first + jnp.arange(head.shape[1])) == targets[:, None]
+    scores = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    picked = over_words(jax.lax.psum, jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1))
+    top = over_words(jax.lax.pmax, jnp.max(scores, axis=-1))
+    total = over_words(jax.lax.psum, jnp.sum(jnp.exp(scores - top[:, None]), axis=-1))
+    log_total = top + jnp.log(total)
+    nll = jnp.where(targets == IGNORE, 0.0, log_total - picked)
+    return nll, lambda: jnp.exp(scores - log_total[:, None]) - is_target
+
+
+def _nll_forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, vocab: int
+) -> Any:
+    def step(dhead: jax.Array, chunk: Any) -> Any:
+        x, t, w = chunk
+        nll, dscores = _scores(x, head, t, vocab)
+        d = (dscores() * w[:, None]).astype(x.dtype)
+        dx = jnp.matmul(d, head.T, preferred_element_type=jnp.float32)
+        dhead += jnp.matmul(x.T, d, preferred_element_type=jnp.float32)
+        return dhead, (nll, dx.astype(x.dtype))
+
+    chunks = hidden, targets, weights
+    zero = jnp.zeros(head.shape, jnp.float32)
+    if hidden.shape[0] == 1:
+        dhead, (nll, dx) = step(zero, jax.tree.map(lambda a: a[0], chunks))
+        nll, dx = nll[None], dx[None]
+    else:
+        dhead, (nll, dx) = jax.lax.scan(step, zero, chunks)
+    return nll, (dx, dhead.astype(head.dtype), targets, weights)
+
+
+def _nll_backward(vocab: int, saved: Any, dnll: jax.Array) -> Any:
+    dx, dhead, targets, weights = saved
+    # What was split over the vocabulary gets a part of the gradient each; the parts make it whole.
+    dnll = part_of("vocab", dhead.shape[1], vocab)[1](jax.lax.psum, dnll)
+    dnll = jnp.where(targets == IGNORE, 0.0, dnll)
+    factor = jnp.sum(dnll * weights) / jnp.maximum(jnp.sum(weights * weights), 1e-30)
+    error = jnp.max(jnp.abs(dnll - factor * weights))
+    factor = jnp.where(error <= 1e-3 * jnp.max(jnp.abs(factor * weights)), factor, jnp.nan)
+    return (dx * factor).astype(dx.dtype), (dhead * factor).astype(dhead.dtype), None, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)

@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.attention import causal_mask
+from hovle_jax.attention import causal_mask, visible
 from hovle_jax.config import LayersConfig, ModelConfig
 from hovle_jax.decoder import Decoder
 from hovle_jax.embedding import (
@@ -66,7 +66,7 @@ class HoVLE(nn.Module):
             stream = long_stream(short, 0 if pixels is None else pixels.shape[1], c)
         capacity = cache_len and cache_len + stream.ids.shape[1] - short.ids.shape[1]
         x, extras = self.embedding(
-            short, stream, _layer_inputs(stream, c.embedding, capacity), pixels
+            short, stream, self._inputs(stream, c.embedding, capacity), pixels
         )
         return x, short, extras | {"lengths": _lengths(stream), "capacity": capacity}
 
@@ -76,10 +76,15 @@ class HoVLE(nn.Module):
         `cache_len` > 0: the sequence is a prompt that will grow to that many tokens at most.
         """
         x, short, embed_extras = self.embed(batch, cache_len)
-        inputs = _layer_inputs(short, self.config.decoder, cache_len)
+        inputs = self._inputs(short, self.config.decoder, cache_len)
         hidden, extras = self.decoder(x, inputs)
         extras |= {"lengths": _lengths(short), "capacity": cache_len}
         return hidden, {"embeddings": x, "embedding": embed_extras, "decoder": extras}
+
+    def _inputs(self, stream: Stream, stack: LayersConfig, capacity: int = 0) -> LayerInputs:
+        cos, sin = _rope(stream, stack, capacity)
+        mask = visible(stream.segment_ids, stream.position_ids, self.config.attention)
+        return LayerInputs(cos, sin, mask)
 
     def text(self, ids: jax.Array) -> jax.Array:
         return self.embedding.text(ids)
@@ -94,7 +99,7 @@ class HoVLE(nn.Module):
         if features is not None:
             is_image, rank = image_order(short.ids, self.config)
             x = jnp.where(is_image[..., None], take(features.astype(x.dtype), rank), x)
-        return self.decoder(x, _layer_inputs(short, self.config.decoder))[0]
+        return self.decoder(x, self._inputs(short, self.config.decoder))[0]
 
     def extend(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Text ids [B, S] appended to a cache -> (hidden [B, S, E], the cache, extended)."""
@@ -123,7 +128,8 @@ def _lengths(stream: Stream) -> jax.Array:
     return jnp.max(jnp.where(stream.segment_ids > 0, index, 0), axis=1)
 
 
-def _layer_inputs(stream: Stream, config: LayersConfig, capacity: int = 0) -> LayerInputs:
+def _rope(stream: Stream, config: LayersConfig, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the stream's positions."""
     lengths = None
     if (
         config.rope_scaling == "dynamic"
@@ -132,9 +138,7 @@ def _layer_inputs(stream: Stream, config: LayersConfig, capacity: int = 0) -> La
         # A growing sequence is rotated once, for the length it may reach: a cache keeps rotated
         # keys, so the table cannot follow the length step by step.
         lengths = jnp.full_like(stream.ids, capacity) if capacity else _segment_lengths(stream)
-    cos, sin = rope_tables(stream.position_ids, config, lengths)
-    s, p = stream.segment_ids, stream.position_ids
-    return LayerInputs(cos, sin, causal_mask(s, s, p, p))
+    return rope_tables(stream.position_ids, config, lengths)
 
 
 def _segment_lengths(stream: Stream) -> jax.Array:
@@ -154,10 +158,9 @@ def _cached_inputs(
     starts, capacity = cache["lengths"][stack], cache[stack]["k"].shape[2]
     positions = starts[:, None] + jnp.arange(ids.shape[1])
     stream = short_stream(ids, jnp.ones_like(ids), positions)
-    inputs = _layer_inputs(stream, config, capacity)
     slots = jnp.broadcast_to(jnp.arange(capacity), (ids.shape[0], capacity))
     mask = causal_mask(stream.segment_ids, jnp.ones_like(slots), positions, slots)
-    return stream, LayerInputs(inputs.cos, inputs.sin, mask, starts)
+    return stream, LayerInputs(*_rope(stream, config, capacity), mask, starts)
 
 
 # Pure functions: everything outside this file and its modules uses only these.

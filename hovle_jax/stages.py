@@ -85,11 +85,9 @@ def _shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def _next_token(params: Params, _: Params, batch: Batch, config: RunConfig) -> dict[str, jax.Array]:
     c = config.model
-    targets = _shifted(batch)[0]
-    hidden = model.hidden(params, batch, c)
-    return {
-        "next_token": losses.token_nll(hidden, model.head_kernel(params), targets, c.loss_chunk)
-    }
+    targets, weights = _shifted(batch)
+    hidden, head = model.hidden(params, batch, c), model.head_kernel(params)
+    return {"next_token": losses.token_nll(hidden, head, targets, weights, c.loss_chunk)}
 
 
 def _next_token_weights(batch: Batch, _: RunConfig) -> dict[str, jax.Array]:

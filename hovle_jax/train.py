@@ -6,7 +6,6 @@ mesh -> shapes -> shardings -> restore or initialise -> (batch -> step -> metric
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -73,12 +72,7 @@ def train(
         raise UserError("config.data.tokenizer: needs a tokenizer directory")
     tokenizer = Tokenizer.load(config.data.tokenizer)
     mesh = sharding.make_mesh(config.mesh, devices)
-    ways = math.prod(mesh.shape[a] for a in sharding.BATCH_AXES) * config.optim.accumulate
-    if config.data.rows % ways:
-        raise UserError(
-            f"config.data.rows {config.data.rows} is not a multiple of {ways} (mesh data x fsdp x "
-            "config.optim.accumulate)"
-        )
+    sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
     checkpoints = Checkpoints(workdir, config.keep)
     with jax.set_mesh(mesh):
         # What can be wrong is looked at first, what takes long last.

@@ -197,7 +197,7 @@ def _counts(batch: Any, config: RunConfig) -> Metrics:
     return out
 
 
-def jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """The compiled step for `mesh`; call it under `jax.set_mesh(mesh)`. Donates the state."""
     _, frozen = stage_shapes(config)
     state = state_shardings(config, mesh)

@@ -11,7 +11,10 @@ ORDER = [
     "config",
     "tree",
     "metrics",
+    "chips",
+    "hlo",
     "sharding",
+    "flash",
     "attention",
     "layers",
     "embedding",
@@ -46,6 +49,7 @@ ORDER = [
     "stages",
     "optim",
     "train_step",
+    "aot",
     "hf.names",
     "hf.section",
     "hf.configs",
@@ -85,6 +89,7 @@ ORDER = [
     "bench.data",
     "cli_data",
     "cli_bench",
+    "cli_plan",
     "cli",
 ]
 

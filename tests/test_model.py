@@ -112,7 +112,7 @@ def token_losses(hidden, head, batch, chunk):
     """(nll [B, S], weights [B, S]) from the LLM's hidden states."""
     names = ("labels", "loss_weight", "segment_ids")
     targets, weights = losses.next_token_weights(*(batch[n] for n in names))
-    return losses.token_nll(hidden, head, targets, chunk), weights
+    return losses.token_nll(hidden, head, targets, weights, chunk), weights
 
 
 # Packing
@@ -327,7 +327,8 @@ def test_remat_recomputes():
         return sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr.jaxpr))
 
     count = {remat: products(remat) for remat in REMAT_POLICIES}
-    assert count["full"] > count["attention"] > count["projections"] > count["none"]
+    assert count["full"] > count["attention"] > count["mixed"] > count["products"]
+    assert count["products"] == count["none"] + 2  # the scores of attention, in both stacks
     assert count["full"] > count["dots"] > count["none"]
 
 
@@ -423,8 +424,8 @@ def expected_nll():
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 512])
 def test_chunked_loss(chunk):
-    hidden, head, targets, _ = nll_inputs()
-    chunked = functools.partial(losses.token_nll, targets=targets, chunk=chunk)
+    hidden, head, targets, weights = nll_inputs()
+    chunked = functools.partial(losses.token_nll, targets=targets, weights=weights, chunk=chunk)
     (value, nll), grads = summed(chunked)(hidden, head)
     (expected_value, expected), expected_grads = expected_nll()
     assert nll.shape == (NLL_B, NLL_S) and nll.dtype == jnp.float32
@@ -433,6 +434,22 @@ def test_chunked_loss(chunk):
     assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
     assert relative(grads, expected_grads) < 1e-5
     assert np.all(np.asarray(grads[0])[targets == IGNORE] == 0)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.25, 0.0])
+def test_a_loss_weighed_otherwise_than_announced_has_no_gradient(factor):
+    hidden, head, targets, weights = nll_inputs()
+
+    def total(head, used):
+        nll = losses.token_nll(hidden, head, targets, weights, 5)
+        return jnp.sum(nll * used)
+
+    gradient = jax.jit(jax.grad(total))
+    expected = jax.grad(lambda h: jnp.sum(plain_nll(hidden, h, targets) * weights * factor))(head)
+    np.testing.assert_allclose(gradient(head, weights * factor), expected, atol=2e-5)
+    other = weights * factor
+    other[0, 5] += 0.1
+    assert np.isnan(gradient(head, other)).all()
 
 
 def equations(jaxpr):
@@ -460,7 +477,8 @@ def test_all_scores_never_exist(chunk):
     hidden, head, targets, _ = nll_inputs()
 
     def total(hidden, head, chunk):
-        return jnp.sum(losses.token_nll(hidden, head, targets, chunk))
+        weights = jnp.ones(targets.shape)
+        return jnp.sum(losses.token_nll(hidden, head, targets, weights, chunk))
 
     for fn in (total, jax.grad(total, argnums=(0, 1))):
         small = vocabulary_places(functools.partial(fn, chunk=chunk), NLL_V, hidden, head)

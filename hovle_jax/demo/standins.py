@@ -146,7 +146,7 @@ def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Para
         targets, weights = losses.next_token_weights(*(batch[n] for n in names))
         hidden = model.language_hidden(params, batch, config)
         head = model.head_kernel(params)
-        nll = losses.token_nll(hidden, head, targets, config.loss_chunk)
+        nll = losses.token_nll(hidden, head, targets, weights, config.loss_chunk)
         return jnp.sum(nll * weights) / jnp.sum(weights)
 
     def batches() -> Iterator[Any]:

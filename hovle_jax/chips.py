@@ -1,0 +1,111 @@
+"""TPU generations as data: what a chip can do, and the compiler options it is driven with.
+
+Figures are per JAX device, which is a chip except on TPU7x (two devices a chip). Sources: Google's
+Cloud TPU pages and the TPU chapter of the JAX scaling book; memory limits are what the compiler
+itself reports when a program does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hovle_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One compiler option and why it is set."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chip:
+    name: str  # as in a topology: v5e of v5e:16x16
+    kind: str  # jax.Device.device_kind
+    peak_flops: float  # bfloat16, per second
+    clock_hz: float  # of the cycles the compiler estimates; v6e and tpu7x are inferred
+    hbm_bytes: float  # what the compiler lets a program use
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second, one link, one way
+    torus_axes: int
+    devices_per_chip: int = 1
+
+
+GIB = 2.0**30
+
+NO_WINDOWED_EINSUM = Option(
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib",
+    "1000000",
+    "else each product with a gathered weight is cut into pieces 128 deep to overlap them with the "
+    "gather; the pieces run at a fraction of the matrix units' speed, and gathers overlap anyway",
+)
+ASYNC_ALL_REDUCE = (
+    Option(
+        "xla_enable_async_all_reduce",
+        "true",
+        "gradients are reduced while the next layer's backward pass computes; needs the next one",
+    ),
+    Option(
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+        "true",
+        "the fusion that carries an all-reduce along with a matrix product",
+    ),
+)
+MORE_VMEM = Option(
+    "xla_tpu_scoped_vmem_limit_kib",
+    "98304",
+    "v6e has 128 MiB of VMEM; larger tiles keep its matrix units fed (compiles take longer)",
+)
+
+# name, kind, peak, clock, memory, its bandwidth, link bandwidth, torus axes
+CHIPS: dict[str, Chip] = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "TPU v4", 275e12, 1.05e9, 31.25 * GIB, 1.23e12, 4.5e10, 3),
+        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 15.75 * GIB, 8.1e11, 4.5e10, 2),
+        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95.74 * GIB, 2.765e12, 9e10, 3),
+        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 31.25 * GIB, 1.64e12, 9e10, 2),
+        Chip("tpu7x", "TPU7x", 1153.5e12, 2.2e9, 94.75 * GIB, 3.69e12, 9e10, 3, 2),
+    )
+}
+"""Clock and peak agree with the compiler's own estimate of one large matrix product to within 3 %
+(v5e), 10 % (v5p), 20 % (tpu7x), 30 % (v6e)."""
+
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "v4": (NO_WINDOWED_EINSUM,),
+    "v5e": (NO_WINDOWED_EINSUM, *ASYNC_ALL_REDUCE),
+    "v5p": (NO_WINDOWED_EINSUM, *ASYNC_ALL_REDUCE),
+    "v6e": (NO_WINDOWED_EINSUM, *ASYNC_ALL_REDUCE, MORE_VMEM),
+    "tpu7x": (NO_WINDOWED_EINSUM,),
+}
+
+
+def get_chip(name: str) -> Chip:
+    if name not in CHIPS:
+        raise UserError(f"--topology: chip {name!r} is not one of {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
+    """Along which axes a slice of this shape closes into a ring.
+
+    Without this the compiler takes it for a flat mesh and turns all-gathers into all-reduces.
+    """
+    if chip.torus_axes == 3:
+        closed = all(n % 4 == 0 for n in shape)  # built of cubes of 4 x 4 x 4
+        return closed, closed, closed
+    x, y = (n == 16 for n in shape)
+    return x, y, False
+
+
+def compiler_options(chip: Chip) -> dict[str, str | bool]:
+    """For `jax.stages.Lowered.compile(compiler_options=...)`."""
+    return {option.name: option.value for option in OPTIONS[chip.name]}
+
+
+def libtpu_flags(chip: Chip) -> str:
+    """The same for a launch script: LIBTPU_INIT_ARGS."""
+    return " ".join(f"--{option.name}={option.value}" for option in OPTIONS[chip.name])

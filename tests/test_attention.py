@@ -1,0 +1,59 @@
+"""The Pallas path, interpreted on CPU, gives the numbers of the XLA path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hovle_jax import attention, flash
+
+HEADS, KV_HEADS, SIZE = 4, 2, 128
+# Lengths of the segments of each row; what is left is padding.
+ROWS = ((90, 120), (30, 100, 70))
+LENGTH = 230  # no multiple of the kernel's 128
+
+
+def output_and_gradients(implementation: str):
+    """(output where there are tokens, gradients of q, k and v) of one packed batch."""
+    rng = np.random.default_rng(0)
+    segments, positions = np.zeros((2, len(ROWS), LENGTH), np.int32)
+    for row, lengths in enumerate(ROWS):
+        begin = 0
+        for n, length in enumerate(lengths, start=1):
+            segments[row, begin : begin + length] = n
+            positions[row, begin : begin + length] = np.arange(length)
+            begin += length
+    shapes = ((HEADS,), (KV_HEADS,), (KV_HEADS,), (HEADS,))
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=(len(ROWS), LENGTH, *n, SIZE)), jnp.float32) for n in shapes
+    )
+    weight *= (segments > 0)[..., None, None]
+    mask = attention.visible(segments, positions, implementation)
+
+    def loss(q, k, v):
+        out = attention.attend(q, k, v, mask, implementation)
+        return jnp.sum(out * weight), out
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    gradients, out = grad(q, k, v)
+    return [np.asarray(x) for x in (out * (segments > 0)[..., None, None], *gradients)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return output_and_gradients("xla")
+
+
+@pytest.mark.parametrize("kernels", ["one backward kernel", "two backward kernels"])
+def test_splash_gives_the_numbers_of_xla(reference, monkeypatch, kernels):
+    monkeypatch.setattr(flash, "BLOCK", 128)  # several blocks, as at full length
+    if kernels == "two backward kernels":
+        monkeypatch.setattr(flash, "VMEM_FOR_DQ", 0)
+    for expected, found in zip(reference, output_and_gradients("splash_interpret"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_blocks_divide_the_length():
+    assert [flash.block_of(n) for n in (128, 4096, 4224, 13312, 640)] == [128, 512, 384, 512, 128]

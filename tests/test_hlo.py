@@ -1,0 +1,93 @@
+"""The estimator on a hand-made scheduled program, in the compiler's own spelling.
+
+The expected figures are worked out by hand below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hovle_jax import chips, hlo
+from hovle_jax.errors import UserError
+
+# Three trips of a loop that multiplies [64, 128] x [128, 256], with an all-gather inside a fusion,
+# a blocking all-reduce and a reduce-scatter spelled as a fusion; an attention kernel each way.
+TEXT = (Path(__file__).parent / "golden" / "scheduled.hlo").read_text()
+V5E = chips.CHIPS["v5e"]
+WEIGHT = 128 * 256 * 2  # bytes
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return hlo.price(hlo.parse(TEXT), V5E, 16)
+
+
+def test_cycles_count_every_trip(cost):
+    assert cost.matrix_seconds == pytest.approx(3 * 1000 / 1.5e9)
+    assert cost.vector_seconds == pytest.approx((3 * 200 + 500) / 1.5e9)
+    assert cost.matrix_flops == 3 * 2 * 64 * 128 * 256
+
+
+def test_kernels_are_priced_by_their_shapes(cost):
+    forward = 4 * (4 * 512 * 128) * 512 / 2  # two products, half of all pairs
+    # Without a second backward kernel the first one has made dq as well: 2.5 forwards.
+    assert [k.flops for k in cost.kernels] == [forward, 2.5 * forward]
+    assert cost.kernel_seconds == pytest.approx(3.5 * forward / (0.5 * 197e12))
+    whole = cost.matrix_seconds + cost.vector_seconds + cost.kernel_seconds
+    assert cost.step_seconds == pytest.approx(whole)
+
+
+def test_two_backward_kernels_make_seven_products():
+    text = TEXT.replace(
+        "  %fusion.3 =",
+        "  %splash_mha_dq.1 = bf16[4,512,128]{2,1,0} custom-call(%q, %kv, %kv), "
+        'custom_call_target="tpu_custom_call"\n  %fusion.3 =',
+    )
+    kernels = hlo.price(hlo.parse(text), V5E, 16).kernels
+    assert [k.flops / kernels[0].flops for k in kernels] == [1.0, 2.0, 1.5]
+
+
+def test_collectives(cost):
+    found = {c.kind: c for c in cost.collectives}
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
+    assert {c.group for c in cost.collectives} == {16}
+    assert all(c.bytes == WEIGHT for c in cost.collectives)
+    assert {k: c.times for k, c in found.items()} == {
+        "all-gather": 3,
+        "all-reduce": 3,
+        "reduce-scatter": 1,
+    }
+    assert {k for k, c in found.items() if c.hidden} == {"all-gather"}
+    assert found["all-reduce"].source == "/src/losses.py:12"
+    # 16 chips of a 4 x 4 grid that does not wrap: one direction on each of two axes.
+    once = 15 / 16 * WEIGHT / (2 * 4.5e10)
+    assert found["all-gather"].seconds == pytest.approx(3 * once)
+    assert found["all-reduce"].seconds == pytest.approx(3 * 2 * once)
+    assert cost.exposed_seconds == pytest.approx(7 * once)
+    assert cost.hidden_seconds == pytest.approx(3 * once)
+
+
+def test_loops_start_and_step_as_they_like():
+    program = hlo.parse(TEXT.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
+    assert hlo.price(program, V5E, 16).matrix_flops == 2 * 2 * 64 * 128 * 256
+
+
+def test_slices_that_close_into_rings():
+    assert chips.wraps(V5E, (4, 4)) == (False, False, False)
+    assert chips.wraps(V5E, (16, 16)) == (True, True, False)
+    assert chips.wraps(chips.CHIPS["v5p"], (4, 4, 8)) == (True, True, True)
+    assert chips.wraps(chips.CHIPS["v5p"], (2, 2, 4)) == (False, False, False)
+
+
+def test_every_option_has_a_reason():
+    for options in chips.OPTIONS.values():
+        assert all(option.reason for option in options)
+    assert set(chips.OPTIONS) == set(chips.CHIPS)
+    assert "--xla_enable_async_all_reduce=true" in chips.libtpu_flags(V5E)
+
+
+def test_unknown_chip():
+    with pytest.raises(UserError, match="chip 'v9' is not one of v4, v5e"):
+        chips.get_chip("v9")

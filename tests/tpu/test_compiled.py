@@ -1,0 +1,116 @@
+"""What the TPU compiler makes of a training step, without a TPU. Run: pytest -m tpu
+
+Each topology costs a minute or more whatever the model's size, so there are few, with few layers.
+A failure names the instruction and the source line it comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from hovle_jax import aot, hlo
+from hovle_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "configs"))
+from models import HOVLE_2B  # noqa: E402
+
+pytestmark = pytest.mark.tpu
+LAYERS = 2  # in each stack
+TOKENS = 1536  # differs from every width of the model, so an activation is known by it
+MESHES = {"v5e:4x4": MeshConfig(), "v5p:2x2x4": MeshConfig(), "v6e:4x4": MeshConfig()}
+
+
+def run_config(devices: int) -> RunConfig:
+    model = dataclasses.replace(
+        HOVLE_2B,
+        remat="products",
+        embedding=dataclasses.replace(HOVLE_2B.embedding, num_layers=LAYERS),
+        decoder=dataclasses.replace(HOVLE_2B.decoder, num_layers=LAYERS),
+    )
+    data = DataConfig(rows=devices, tokens=TOKENS, tiles=3)
+    return RunConfig(stage="instruct", model=model, data=data, optim=OptimConfig())
+
+
+@functools.cache
+def plan_of(topology: str) -> aot.Plan:
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'hovle-jax[tpu]'")
+    target = aot.topology(topology)
+    return aot.make_plan(run_config(len(target.devices)), target)
+
+
+@pytest.fixture(params=list(MESHES))
+def plan(request) -> aot.Plan:
+    return plan_of(request.param)
+
+
+def complain(what: str, found: list[tuple[str, str, str]]) -> None:
+    """Fails with (name, name stack or shape, source line) of every instruction found."""
+    assert not found, f"{what}:\n" + "\n".join(f"{n} ({op}) from {src}" for n, op, src in found)
+
+
+def located(collectives: list[hlo.Collective]) -> list[tuple[str, str, str]]:
+    return [(c.name, c.op_name or c.shape, c.source or "?") for c in collectives]
+
+
+def test_attention_is_one_kernel_each_way(plan):
+    forward = sum(k.times for k in plan.cost.kernels if "fwd" in k.name)
+    backward = sum(k.times for k in plan.cost.kernels if "fwd" not in k.name)
+    # More forward kernels than layers: the backward pass runs them again.
+    assert (forward, backward) == (2 * LAYERS, 2 * LAYERS), [k.name for k in plan.cost.kernels]
+
+
+def test_no_activation_is_gathered(plan):
+    gathers = [c for c in plan.cost.collectives if c.kind in ("all-gather", "all-to-all")]
+    assert gathers
+    complain(
+        "an activation travels between devices",
+        located([c for c in gathers if c.kind == "all-gather" and str(TOKENS) in c.shape]),
+    )
+
+
+def test_gradients_are_reduced_behind_computation(plan):
+    large = [c for c in plan.cost.collectives if c.bytes > 2**20 and c.kind != "all-gather"]
+    assert large
+    complain("the step waits for a reduction", located([c for c in large if not c.hidden]))
+
+
+def test_layers_multiply_in_bfloat16(plan):
+    found = []
+    products = 0
+    for visit in hlo.walk(plan.program):
+        x = visit.instruction
+        if x.op not in ("convolution", "dot") or "/layers/" not in x.op_name:
+            continue
+        products += 1
+        operands = plan.program.computations[visit.computation]
+        if any(operands[o].shape.startswith("f32") for o in x.operands if o in operands):
+            found.append((x.name, x.op_name, plan.program.source(x)))
+    assert products >= 7 * 3
+    complain("float32 matrix product in a layer", found)
+
+
+def test_state_is_split_over_all_devices(plan):
+    """Parameters and both moments in float32; a replicated leaf of any size would show."""
+    devices = 16
+    config = run_config(devices)
+    state, frozen, _, batch = aot.arguments(config, aot.mesh_of(config, aot.topology("v5e:4x4")))
+    assert not frozen
+    whole = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        ways = math.prod(x.shape) / math.prod(x.sharding.shard_shape(x.shape))
+        if math.prod(x.shape) > 2**20 and ways != devices:
+            whole.append(f"{jax.tree_util.keystr(path)} lies on {devices / ways:.0f} devices each")
+    assert not whole, whole
+
+
+def test_memory_is_bounded(plan):
+    # 1.1B parameters x 12 bytes / 16 devices is 0.8 GiB; activations of 1,536 tokens are small.
+    assert plan.memory.arguments < 1.0 * 2**30
+    assert plan.memory.peak < 4.0 * 2**30
