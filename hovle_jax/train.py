@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -92,6 +93,8 @@ def train(
         batches = pipeline.batches(cursor, host=jax.process_index(), hosts=jax.process_count())
         log = MetricLog(workdir / "metrics.jsonl", int(state.step)) if leads else None
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
+        if leads and not quiet:
+            print(*pipeline.summary(cursor), sep="\n", file=sys.stderr)
         place = sharding.batch_sharding(mesh)
         barrier = DataBarrier(config.data.timeout)
         reporter = _Reporter(log, progress if leads and not quiet else None, pipeline.names)
