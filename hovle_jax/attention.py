@@ -86,7 +86,11 @@ def _splash(
     heads = ("batch", "heads", "length", "head_dim")
     kv_heads = ("batch", "kv_heads", "length", "head_dim")
 
+    groups = q.shape[1] // k.shape[1]
+
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array]:
+        if q.shape[1] != groups * k.shape[1]:  # query heads are split, their kv heads are not
+            raise UserError("config.mesh.tensor must divide the number of kv heads")
         return (flash.attention(q, k, v, segments, interpret),)
 
     ins = heads, kv_heads, kv_heads, ("batch", "length")
