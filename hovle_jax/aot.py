@@ -165,7 +165,7 @@ def make_plan(config: RunConfig, target: Topology) -> Plan:
     lowered = lower(config, mesh)
     begin = time.monotonic()
     try:
-        compiled: Any = lowered.compile(compiler_options=chips.compiler_options(target.chip))
+        compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"{target.name}: {_reason(str(error))}") from None
     seconds = time.monotonic() - begin

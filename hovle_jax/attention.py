@@ -85,10 +85,16 @@ def _splash(
     q, k, v = (checkpoint_name(x.swapaxes(1, 2), "qkv") for x in (q, k, v))
     heads = ("batch", "heads", "length", "head_dim")
     kv_heads = ("batch", "kv_heads", "length", "head_dim")
-    kernel = functools.partial(flash.attention, interpret=interpret)
-    out = per_shard(kernel, (heads, kv_heads, kv_heads, ("batch", "length")), heads)(
-        q, k, v, segment_ids
-    )
+
+    groups = q.shape[1] // k.shape[1]
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array]:
+        if q.shape[1] != groups * k.shape[1]:  # query heads are split, their kv heads are not
+            raise UserError("config.mesh.tensor must divide the number of kv heads")
+        return (flash.attention(q, k, v, segments, interpret),)
+
+    ins = heads, kv_heads, kv_heads, ("batch", "length")
+    (out,) = per_shard(kernel, ins, [(heads, q.shape)])(q, k, v, segment_ids)
     return out.swapaxes(1, 2)
 
 

@@ -101,9 +101,10 @@ def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
     return x, y, False
 
 
-def compiler_options(chip: Chip) -> dict[str, str | bool]:
-    """For `jax.stages.Lowered.compile(compiler_options=...)`."""
-    return {option.name: option.value for option in OPTIONS[chip.name]}
+def compiler_options(device_kind: str) -> dict[str, str | bool]:
+    """For `jax.jit(compiler_options=...)`, by `jax.Device.device_kind`; none for other devices."""
+    found = (chip.name for chip in CHIPS.values() if chip.kind == device_kind)
+    return {option.name: option.value for name in found for option in OPTIONS[name]}
 
 
 def libtpu_flags(chip: Chip) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import IGNORE
-from hovle_jax.sharding import gathered, part_of, per_shard
+from hovle_jax.sharding import gathered, part_of, per_shard, scattered
 
 COSINE_EPS = 1e-6
 
@@ -63,30 +63,75 @@ def token_nll(
     Only `chunk` places per row have scores at any time: [B, S, V] is never made (92,553 words:
     1.5 GB per 4,096 tokens).
     """
-    rows = functools.partial(_nll_rows, chunk=chunk, vocab=head.shape[1])
+    return _nll(hidden, head.astype(hidden.dtype), targets, weights, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _nll(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> jax.Array:
+    return _on_all_devices(hidden, head, targets, weights, chunk, False)[0]
+
+
+def _nll_forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> Any:
+    weights = jnp.where(targets == IGNORE, 0.0, weights)
+    nll, *gradients = _on_all_devices(hidden, head, targets, weights, chunk, True)
+    return nll, (gradients, targets, weights)
+
+
+def _nll_backward(_: int, saved: Any, dnll: jax.Array) -> Any:
+    gradients, targets, weights = saved
+    dnll = jnp.where(targets == IGNORE, 0.0, dnll)
+    factor = jnp.sum(dnll * weights) / jnp.maximum(jnp.sum(weights * weights), 1e-30)
+    error = jnp.max(jnp.abs(dnll - factor * weights))
+    factor = jnp.where(error <= 1e-3 * jnp.max(jnp.abs(factor * weights)), factor, jnp.nan)
+    dhidden, dhead = ((g * factor).astype(g.dtype) for g in gradients)
+    return dhidden, dhead, None, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
+
+
+def _on_all_devices(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    gradient: bool,
+) -> tuple[jax.Array, ...]:
+    """(nll,) and, if asked for, the weighted sum's gradients by hidden and head.
+
+    The head is gathered once and its gradient reduced once, whatever the number of chunks.
+    """
     places = ("batch", "length")
     axes = ((*places, "act_embed"), ("embed", "vocab"), places, places)
-    return per_shard(rows, axes, places)(hidden, head.astype(hidden.dtype), targets, weights)
+    outs = [(places, targets.shape), (axes[0], hidden.shape), (axes[1], head.shape)]
+    run = functools.partial(_on_one_device, chunk=chunk, whole=(hidden.shape, head.shape))
+    one = functools.partial(run, gradient=gradient)
+    return tuple(
+        per_shard(one, axes, outs if gradient else outs[:1])(hidden, head, targets, weights)
+    )
 
 
-def _nll_rows(
+def _on_one_device(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     *,
     chunk: int,
-    vocab: int,
-) -> jax.Array:
-    """`token_nll` of one device's rows.
-
-    The head is gathered once and its gradient reduced once, whatever the number of chunks.
-    """
-    b, s, e = hidden.shape
-    head = gathered(head, "embed", 0, e)
+    whole: tuple[tuple[int, ...], tuple[int, ...]],
+    gradient: bool,
+) -> tuple[jax.Array, ...]:
+    (all_rows, _, width), (_, vocab) = whole
+    b, s = targets.shape
+    mine = head.shape
+    head = gathered(head, "embed", 0, width)
     chunk = min(chunk, s)
     pad = -s % chunk
-    weights = jnp.where(targets == IGNORE, 0.0, weights)
 
     def chunked(x: jax.Array, fill: float = 0) -> jax.Array:
         """[B, S, ...] -> [chunks, B * chunk, ...]"""
@@ -94,16 +139,34 @@ def _nll_rows(
         x = x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(x.shape[0], b * chunk, *x.shape[3:])
 
-    nll = _nll(chunked(hidden), head, chunked(targets, IGNORE), chunked(weights), vocab)
-    return nll.reshape(-1, b, chunk).swapaxes(0, 1).reshape(b, -1)[:, :s]
+    def rows(x: jax.Array) -> jax.Array:
+        """The reverse."""
+        x = x.reshape(-1, b, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(b, -1, *x.shape[3:])[:, :s]
 
+    def step(dhead: jax.Array | None, part: Any) -> Any:
+        x, t, w = part
+        nll, dscores = _scores(x, head, t, vocab)
+        if not gradient:
+            return None, (nll,)
+        d = (dscores() * w[:, None]).astype(x.dtype)
+        dx = jnp.matmul(d, head.T, preferred_element_type=jnp.float32).astype(x.dtype)
+        product = jnp.matmul(x.T, d, preferred_element_type=jnp.float32)
+        return (product if dhead is None else dhead + product), (nll, dx)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _nll(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, vocab: int
-) -> jax.Array:
-    """hidden [chunks, places, E], targets and weights [chunks, places] -> [chunks, places]."""
-    return jax.lax.map(lambda x: _scores(x[0], head, x[1], vocab)[0], (hidden, targets))
+    parts = chunked(hidden), chunked(targets, IGNORE), chunked(weights)
+    if len(parts[0]) == 1:
+        dhead, out = step(None, jax.tree.map(lambda x: x[0], parts))
+        out = jax.tree.map(lambda x: x[None], out)
+    else:
+        zero = jnp.zeros(head.shape, jnp.float32) if gradient else None
+        dhead, out = jax.lax.scan(step, zero, parts)
+    nll, *dhidden = (rows(x) for x in out)
+    if not gradient:
+        return (nll,)
+    _, over_words = part_of("vocab", mine[1], vocab)
+    dhead = scattered(dhead.astype(head.dtype), "embed", 0, mine[0], rows_split=b < all_rows)
+    return nll, over_words(jax.lax.psum, dhidden[0]), dhead
 
 
 def _scores(
@@ -120,38 +183,3 @@ def _scores(
     log_total = top + jnp.log(total)
     nll = jnp.where(targets == IGNORE, 0.0, log_total - picked)
     return nll, lambda: jnp.exp(scores - log_total[:, None]) - is_target
-
-
-def _nll_forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, vocab: int
-) -> Any:
-    def step(dhead: jax.Array, chunk: Any) -> Any:
-        x, t, w = chunk
-        nll, dscores = _scores(x, head, t, vocab)
-        d = (dscores() * w[:, None]).astype(x.dtype)
-        dx = jnp.matmul(d, head.T, preferred_element_type=jnp.float32)
-        dhead += jnp.matmul(x.T, d, preferred_element_type=jnp.float32)
-        return dhead, (nll, dx.astype(x.dtype))
-
-    chunks = hidden, targets, weights
-    zero = jnp.zeros(head.shape, jnp.float32)
-    if hidden.shape[0] == 1:
-        dhead, (nll, dx) = step(zero, jax.tree.map(lambda a: a[0], chunks))
-        nll, dx = nll[None], dx[None]
-    else:
-        dhead, (nll, dx) = jax.lax.scan(step, zero, chunks)
-    return nll, (dx, dhead.astype(head.dtype), targets, weights)
-
-
-def _nll_backward(vocab: int, saved: Any, dnll: jax.Array) -> Any:
-    dx, dhead, targets, weights = saved
-    # What was split over the vocabulary gets a part of the gradient each; the parts make it whole.
-    dnll = part_of("vocab", dhead.shape[1], vocab)[1](jax.lax.psum, dnll)
-    dnll = jnp.where(targets == IGNORE, 0.0, dnll)
-    factor = jnp.sum(dnll * weights) / jnp.maximum(jnp.sum(weights * weights), 1e-30)
-    error = jnp.max(jnp.abs(dnll - factor * weights))
-    factor = jnp.where(error <= 1e-3 * jnp.max(jnp.abs(factor * weights)), factor, jnp.nan)
-    return (dx * factor).astype(dx.dtype), (dhead * factor).astype(dhead.dtype), None, None
-
-
-_nll.defvjp(_nll_forward, _nll_backward)

@@ -125,30 +125,50 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def per_shard(fn: Callable[..., Any], ins: Sequence[Sequence[str]], out: Sequence[str]) -> Any:
-    """`fn` run by each device on its own part, for arrays whose axes are named; no mesh: `fn`.
+Axes = Sequence[str]
 
-    `fn` must be exact on parts: an axis that RULES split may not be reduced over in it.
+
+def per_shard(
+    fn: Callable[..., Any], ins: Sequence[Axes], outs: Sequence[tuple[Axes, Sequence[int]]]
+) -> Callable[..., Any]:
+    """`fn` run by each device on its own part of arrays whose axes are named; no mesh: `fn`.
+
+    outs: axes and whole shape of each result; `fn` returns a tuple of them.
     """
 
     def call(*arrays: jax.Array) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return fn(*arrays)
-        specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(ins, arrays, strict=True))
-        shape = jax.eval_shape(fn, *arrays).shape
-        return jax.shard_map(fn, in_specs=specs, out_specs=spec(out, shape, mesh), check_vma=False)(
-            *arrays
-        )
+        in_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(ins, arrays, strict=True))
+        out_specs = tuple(spec(axes, shape, mesh) for axes, shape in outs)
+        mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*arrays)
 
     return call
 
 
 def gathered(x: jax.Array, axis: str, dim: int, size: int) -> jax.Array:
-    """Inside `per_shard`: the whole of dimension `dim`; its gradient is reduced and scattered."""
+    """Inside `per_shard`: the whole of dimension `dim`, of which this device has a part."""
     if x.shape[dim] == size:
         return x
     return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
+
+
+def scattered(x: jax.Array, axis: str, dim: int, part: int, *, rows_split: bool) -> jax.Array:
+    """Inside `per_shard`: the sum of x over the batch, cut to this device's part of `dim`.
+
+    rows_split: whether devices hold different rows; else each has the sum already.
+    """
+    names = RULES[axis]
+    if rows_split:
+        scatter = names if x.shape[dim] != part else ()
+        others = tuple(a for a in BATCH_AXES if a not in scatter)
+        x = jax.lax.psum(x, others)
+        return jax.lax.psum_scatter(x, scatter, scatter_dimension=dim, tiled=True) if scatter else x
+    if x.shape[dim] == part:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(names) * part, part, dim)
 
 
 def part_of(axis: str, part: int, size: int) -> tuple[Any, Callable[..., jax.Array]]:

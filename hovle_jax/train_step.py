@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hovle_jax import losses, model, sharding, teacher
+from hovle_jax import chips, losses, model, sharding, teacher
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.optim import make_optimizer, make_schedule
@@ -212,4 +212,5 @@ def jit_step(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
             sharding.batch_sharding(mesh),
         ),
         out_shardings=(state, sharding.replicated(mesh)),
+        compiler_options=chips.compiler_options(mesh.devices.flat[0].device_kind),
     )

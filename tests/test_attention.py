@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import attention, flash
+from hovle_jax import attention, flash, sharding
+from hovle_jax.config import MeshConfig
+from hovle_jax.errors import UserError
 
 HEADS, KV_HEADS, SIZE = 4, 2, 128
 # Lengths of the segments of each row; what is left is padding.
@@ -57,3 +61,13 @@ def test_splash_gives_the_numbers_of_xla(reference, monkeypatch, kernels):
 
 def test_blocks_divide_the_length():
     assert [flash.block_of(n) for n in (128, 4096, 4224, 13312, 640)] == [128, 512, 384, 512, 128]
+
+
+def test_query_heads_stay_with_their_kv_heads():
+    """Two kv heads on four devices: each would take the wrong one for its query head."""
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 4))
+    q, k = (jax.ShapeDtypeStruct((2, 128, n, SIZE), jnp.float32) for n in (HEADS, KV_HEADS))
+    segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    attend = functools.partial(attention.attend, implementation="splash_interpret")
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="config.mesh.tensor must divide"):
+        jax.eval_shape(attend, q, k, k, segments)
