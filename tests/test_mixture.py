@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -245,6 +246,11 @@ def test_a_mixture_may_change_while_a_run_goes_on(world, three, tmp_path):
     (tmp_path / "more.json").write_text(json.dumps(more))
     after = open_three(world, tmp_path / "more.json")
     now = after.reader(cursor)[0].stream
+    news, *lines = after.summary(cursor)
+    assert news == f"another mixture from sample {boundary + 1} on: d begins"
+    shares = {"a": 6.0, "b": 67.5, "c": 8.4, "d": 67.5}
+    for line, (name, share) in zip(lines, shares.items(), strict=True):
+        assert line.startswith(f"{name}: {share / 149.4:.2%} of the samples, "), line
     assert [now[n] for n in range(boundary)] == [stream[n] for n in range(boundary)]
     following = {name: stream.drawn(boundary).get(name, 0) for name in "abcd"}
     for n in range(boundary, boundary + 100):
@@ -260,14 +266,13 @@ def test_a_mixture_may_change_while_a_run_goes_on(world, three, tmp_path):
     again = take(open_three(world, tmp_path / "more.json").batches(batches[0][1]), 2)
     assert all(same(a, b) for (a, _), (b, _) in zip(batches[1:], again, strict=True))
     assert len(batches[-1][1]["mixture"]) == 1, "a phase that is past leaves the cursor"
+    assert len(after.summary(batches[-1][1])) == 4, "a change is said once"
 
     (tmp_path / "less.json").write_text(json.dumps({k: entries[k] for k in "ac"}))
-    shares = {"a": 6.0, "b": 67.5, "c": 8.4, "d": 67.5}
-    for line, (name, share) in zip(after.summary(cursor), shares.items(), strict=True):
-        assert line.startswith(f"{name}: {share / 149.4:.2%} of the samples, "), line
     less = open_three(world, tmp_path / "less.json")
     reader, start = less.reader(cursor)
     assert (start["window"], start["row"]) == (cursor["window"] + 1, 0)
+    assert reader.news.endswith("b is gone; the rest of a window of 16 samples is not read")
     drawn = stream.drawn(boundary)
     first = {
         reader.stream[n].source: reader.stream[n].seen
@@ -340,3 +345,25 @@ def test_long_conversations_are_cut_at_whole_turns(world, tmp_path):
     assert dropping.measure(0).cut.endswith("left out")
     fingerprints = {source(p)[0].fingerprint() for p in ("cut", "drop")} | {whole.fingerprint()}
     assert len(fingerprints) == 3
+
+
+def test_a_small_weight_is_not_none():
+    counts = Shares([1.0, 3e-7, 2e-7]).counts(10**10)
+    assert abs(counts[1] - 3000) < 3 and abs(counts[2] - 2000) < 3
+    assert Shares([1e-9, 3e-9]).counts(8) == [2, 6]
+
+
+def test_a_source_that_comes_back_is_the_one_that_went():
+    """Also after it has left the cursor's phases: with other records it would repeat some."""
+
+    def stored(phases):
+        return json.loads(json.dumps([dataclasses.asdict(phase) for phase in phases]))
+
+    both, one = {"a": 100, "b": 50}, {"a": 100}
+    phases = phases_from([], both, {"a": 1.0, "b": 1.0}, 0)
+    phases = phases_from(stored(phases), one, {"a": 1.0}, 1000)[-1:]
+    phases = phases_from(stored(phases), one, {"a": 2.0}, 2000)[-1:]
+    with pytest.raises(UserError, match="b: has 70 records, but had 50"):
+        phases_from(stored(phases), {"a": 100, "b": 70}, {"a": 1.0, "b": 1.0}, 3000)
+    again = phases_from(stored(phases), both, {"a": 1.0, "b": 1.0}, 3000)[-1]
+    assert again.drawn == {"a": 2500, "b": 500} and not again.gone
