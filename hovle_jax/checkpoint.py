@@ -33,7 +33,7 @@ from hovle_jax.config import (
     from_dict,
     to_dict,
 )
-from hovle_jax.data.pipeline import Cursor
+from hovle_jax.data.pipeline import START, Cursor
 from hovle_jax.errors import UserError
 from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
@@ -277,6 +277,17 @@ def load(directory: str | Path, kind: str = "model") -> tuple[Stored, dict[str, 
         return stored, unflatten({k: jax.device_put(x, where) for k, x in arrays.items()})
     found = {k: jax.device_put(stored.pieces((k,), ...)[0], where) for k in sorted(stored.paths)}
     return stored, unflatten(found)
+
+
+def cursor_before(workdir: str | Path, step: int) -> tuple[int, Cursor]:
+    """(steps done, data cursor) of the newest checkpoint before `step`; (0, START) without one."""
+    root = Path(workdir) / "checkpoints"
+    found = [int(p.name) for p in root.glob("*") if p.name.isdigit() and int(p.name) < step]
+    if not found:
+        return 0, START
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        meta = checkpointer.restore(root.absolute() / str(max(found)) / "meta")
+    return max(found), meta["cursor"]
 
 
 class Checkpoints:

@@ -116,6 +116,12 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     inspect.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     inspect.add_argument("--step", type=int, default=1)
     inspect.add_argument("--row", type=int, default=0)
+    inspect.add_argument(
+        "--workdir",
+        default="",
+        metavar="DIR",
+        help="of a run whose mixture or rows changed: go on from its checkpoint before the step",
+    )
 
     stats = add(
         "stats",
@@ -220,26 +226,29 @@ def _index(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
 
 
 def _inspect(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.checkpoint import cursor_before
     from hovle_jax.data import inspect
+    from hovle_jax.data.pipeline import START
     from hovle_jax.stages import get_stage
 
     config = load_config(args.config, rest)
     stage = get_stage(config.stage)
+    start = cursor_before(args.workdir, args.step) if args.workdir else (0, START)
     report = inspect.run_inspect(
-        config, stage.data, stage.token_weights, args.step, args.row, args.json, args.png
+        config, stage.data, stage.token_weights, args.step, args.row, args.json, args.png, start
     )
     print(inspect.row_text(report))
     return 0
 
 
 def _stats(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
-    from hovle_jax.data import inspect
+    from hovle_jax.data import stats
     from hovle_jax.stages import get_stage
 
     config = load_config(args.config, rest)
     stage = get_stage(config.stage)
-    report = inspect.run_stats(
+    report = stats.run_stats(
         config, stage.data, stage.token_weights, args.windows, args.json, args.png
     )
-    print(inspect.stats_text(report))
+    print(stats.stats_text(report))
     return 0

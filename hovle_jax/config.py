@@ -173,10 +173,14 @@ class TeacherConfig:
     qk_norm: bool = False  # RMSNorm over the full width of q and k (6B)
     select_layer: int = -1  # which hidden state is the feature; -1 = after the last layer
     out_size: int = 2048  # width of the LLM's input space
+    mean: tuple[float, ...] = IMAGE_MEAN  # its own normalisation of the pixels both models see
+    std: tuple[float, ...] = IMAGE_STD
     initializer_range: float = 0.02
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError("teacher.mean and teacher.std must have three numbers")
         _one_of("teacher.norm", self.norm, ("layer", "rms"))
         _one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,10 +28,15 @@ from hovle_jax.layers import Cache, LayerInputs, Linear, layer_stack, named
 from hovle_jax.sharding import constrain
 
 
-def normalize_pixels(pixels: jax.Array, dtype: Any) -> jax.Array:
+def normalize_pixels(
+    pixels: jax.Array,
+    dtype: Any,
+    mean: Sequence[float] = IMAGE_MEAN,
+    std: Sequence[float] = IMAGE_STD,
+) -> jax.Array:
     """uint8 [..., 3] -> normalised `dtype`; floating input counts as normalised already."""
     if pixels.dtype == jnp.uint8:
-        pixels = (pixels.astype(jnp.float32) / 255.0 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+        pixels = (pixels.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
     return pixels.astype(dtype)
 
 

@@ -89,7 +89,7 @@ class Teacher(nn.Module):
     def __call__(self, pixels: jax.Array) -> dict[str, jax.Array]:
         """[N, H, W, 3] -> {"hidden" [N, 1 + P, C], "features" [N, T, E]}."""
         c = self.config
-        x = patchify(normalize_pixels(pixels, c.dtype), c.patch_size)
+        x = patchify(normalize_pixels(pixels, c.dtype, c.mean, c.std), c.patch_size)
         axes = ("patch", "patch", "patch", "embed")
         x = Linear((c.hidden_size,), axes, c.initializer_range, bias=True, name="patch")(x)
         init = named(nn.initializers.normal(c.initializer_range), "patch", "embed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,13 +86,18 @@ def train(
         )
         teach = teacher_params(config, mesh) if stage.teacher else {}
         state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
-        tokenizer.save(workdir / "tokenizer")
+        leads = jax.process_index() == 0  # one host writes what all share
+        if leads:
+            write_config(workdir, config)
+            tokenizer.save(workdir / "tokenizer")
         batches = pipeline.batches(cursor, host=jax.process_index(), hosts=jax.process_count())
-        log = MetricLog(workdir / "metrics.jsonl", int(state.step))
+        log = MetricLog(workdir / "metrics.jsonl", int(state.step)) if leads else None
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
+        if leads and not quiet:
+            print(*pipeline.summary(cursor), sep="\n", file=sys.stderr)
         place = sharding.batch_sharding(mesh)
         barrier = DataBarrier(config.data.timeout)
-        reporter = _Reporter(log, None if quiet else progress, pipeline.names)
+        reporter = _Reporter(log, progress if leads and not quiet else None, pipeline.names)
         with _sigterm() as terminated:
             for step in range(int(state.step) + 1, config.steps + 1):
                 begin = time.monotonic()
@@ -99,7 +105,8 @@ def train(
                     host_batch, following = next(batches)
                     barrier.wait(step)
                 except UserError:  # a bad record costs no step that is done
-                    if step - 1 not in (0, checkpoints.latest()):
+                    # A save takes all hosts, and others may not have come this far.
+                    if jax.process_count() == 1 and step - 1 not in (0, checkpoints.latest()):
                         reporter.flush()
                         checkpoints.save(state, cursor)
                     checkpoints.close()
@@ -116,7 +123,6 @@ def train(
                 if terminated and step < config.steps:
                     break
         last = reporter.finish()
-        log.close()
         checkpoints.close()
         if terminated and int(state.step) < config.steps:
             raise Preempted(f"saved step {int(state.step)} in {workdir}")
@@ -169,11 +175,9 @@ def _start(
         shapes = jax.tree.map(with_sharding, state_shapes(config), shardings)
         state, cursor = checkpoints.restore(step, shapes)
         frozen = open_stored(workdir).read(placed(config, frozen_shapes, mesh))
-        write_config(workdir, config)
         return state, unflatten(frozen), cursor
     params = initial_params(config, stage, mesh)
     trainable, frozen = split(params, trainable_regex(config))
-    write_config(workdir, config)
     if frozen:
         write_tree(workdir / "frozen", frozen)
     tx = make_optimizer(config.optim, config.steps, trainable_shapes)
@@ -191,7 +195,7 @@ def _to_device(batch: HostBatch, where: jax.sharding.NamedSharding) -> dict[str,
 class _Reporter:
     """Reads the metrics of a step only after the next one is under way."""
 
-    def __init__(self, log: MetricLog, progress: Progress | None, sources: Sequence[str]):
+    def __init__(self, log: MetricLog | None, progress: Progress | None, sources: Sequence[str]):
         self._log, self._progress, self._sources = log, progress, sources
         self._pending: tuple[int, Any, float, int] | None = None
         self._last: dict[str, float] = {}
@@ -204,6 +208,8 @@ class _Reporter:
 
     def finish(self) -> dict[str, float]:
         self.flush()
+        if self._log is not None:
+            self._log.close()
         return self._last
 
     def flush(self) -> None:
@@ -217,7 +223,8 @@ class _Reporter:
         row |= {"step_seconds": seconds, "data_wait_seconds": waited}
         row["tokens_per_second"] = values["tokens"] / seconds
         row["bad_samples"] = bad
-        self._log.write(row)
+        if self._log is not None:
+            self._log.write(row)
         self._last, self._pending = row, None
         if self._progress is not None:
             text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"

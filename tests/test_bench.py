@@ -107,7 +107,7 @@ def test_bench_data_reports_what_its_batches_hold(world, tmp_path, capsys, stage
     assert set(measured["shares"]) == set(data.PARTS)
     assert sum(measured["shares"].values()) == pytest.approx(1)
     assert measured["shares"]["decode"] > 0 and measured["shares"]["resize"] > 0
-    assert (measured["shares"]["tokenise"] > 0.001) == (stage == "instruct")
+    assert (measured["shares"]["tokenise"] > 0) == (stage == "instruct")
     assert measured["batch_bytes"] > 4 * 4 * 32 * 32 * 3
     assert {tuple(r["from"]) for r in report["resize"]} == set(synthetic.SIZES)
     assert [host["host"] for host in report["hosts"]] == ["v5e-8", "v6e-8"]

@@ -29,6 +29,9 @@ def big(layers: int) -> ModelConfig:
         embedding=dataclasses.replace(BIG_LAYERS, num_layers=2),
         decoder=dataclasses.replace(BIG_LAYERS, num_layers=layers),
         image_size=448,
+        im_end_id=11_989,
+        img_start_id=11_991,
+        img_end_id=11_992,
         img_context_id=11_993,
     )
 

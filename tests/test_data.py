@@ -16,6 +16,7 @@ from PIL import Image
 from hovle_jax.cli import main
 from hovle_jax.config import IGNORE, DataConfig
 from hovle_jax.data.index import Lengths, lengths_of
+from hovle_jax.data.mixture import Phase, Stream
 from hovle_jax.data.pack import Plan, assemble, best_fit
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.samples import Length, Sample
@@ -331,7 +332,7 @@ def test_too_many_bad_images_stop_the_run(with_bad_images, tmp_path):
     pipeline = limited(0.06)
     for path in folder.glob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match="samples could not be read.*rejects.jsonl"):
+    with pytest.raises(UserError, match=r"samples could not be read.*rejects.jsonl: .*\d\.jpg: "):
         take(pipeline.batches(), 12)
 
 
@@ -359,4 +360,15 @@ def test_half_a_billion_records_open_at_once(tmp_path):
     later = Plan(lengths.__getitem__, **limits, start=(977_000, 0))
     shift = 977_000 * 256
     assert [[i - shift for i in later[r]] for r in range(20)] == [first[r] for r in range(20)]
+    # The same through a mixture, at the three-billionth sample.
+    sizes = {"big": records, "small": 1000}
+    stream = Stream(list(sizes), [Phase(0, sizes, {"big": 5e8, "small": 3e5}, {})], seed=0)
+
+    def length(n: int) -> tuple[int, int]:
+        draw = stream[n]
+        lengths[draw.record]
+        return 100 + draw.record % 50, draw.record % 4
+
+    plan = Plan(length, **limits, start=(12_000_000, 3))
+    assert sum(map(len, (plan[r] for r in range(100)))) > 500
     assert resident() - before < 100e6

@@ -66,6 +66,34 @@ def test_choose_grid_full_table():
         np.testing.assert_array_equal(got, table[f"choice_{image_size}"])
 
 
+def test_choose_grid_follows_the_rule_for_all_sizes_and_limits():
+    """InternVL's rule as published, all sizes at once: candidates in the order of a Python set,
+    then by area; the nearest ratio, and on a tie the later one if the image fills half of it."""
+    sides = np.arange(1, 2000, 37)
+    width, height = (a.ravel() for a in np.meshgrid(sides, sides))
+    for most in range(1, 41):
+        grids = {
+            (i, j)
+            for n in range(1, most + 1)
+            for i in range(1, n + 1)
+            for j in range(1, n + 1)
+            if 1 <= i * j <= most
+        }
+        best = np.full((len(width), 2), 1)
+        nearest = np.full(len(width), np.inf)
+        for i, j in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+            distance = np.abs(i / j - width / height)
+            tie = (distance == nearest) & (width * height > 0.5 * 448 * 448 * i * j)
+            taken = (distance < nearest) | tie
+            best[taken] = i, j
+            nearest = np.where(taken, distance, nearest)
+        found = [
+            image_lib.choose_grid(w, h, 448, 1, most)
+            for w, h in zip(width.tolist(), height.tolist(), strict=True)
+        ]
+        np.testing.assert_array_equal(found, best, err_msg=str(most))
+
+
 @pytest.mark.parametrize("max_tiles, count", [(6, 14), (12, 35), (24, 84), (27, 95), (40, 158)])
 def test_number_of_candidate_grids(max_tiles, count):
     assert len(image_lib._grids(1, max_tiles)) == count
@@ -116,6 +144,44 @@ def test_transparency_is_dropped_not_blended():
     image = image_lib.open_image(encoded(rgba, "PNG"), "row")
     assert image.mode == "RGB"
     assert image.getpixel((3, 1)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_every_mode_is_read_as_pillow_converts_it(mode, tmp_path):
+    y, x = np.mgrid[:9, :11]
+    colours = np.stack([x * 23, y * 28, 255 - x * 11], axis=-1).astype(np.uint8)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(colours).convert(mode).save(path)
+    with Image.open(path) as stored:
+        expected = np.asarray(stored.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(image_lib.open_image(str(path), "here")), expected)
+
+
+def test_sixteen_bit_grey_keeps_its_upper_bits(tmp_path):
+    """A scan of 16 bits would be a white page to `convert("RGB")`."""
+    values = np.linspace(0, 65535, 99).reshape(9, 11).astype(np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        found = np.asarray(image_lib.open_image(str(tmp_path / name), "here"))
+        np.testing.assert_array_equal(found, np.repeat((values >> 8)[..., None], 3, axis=2))
+
+
+def test_exif_orientation_is_not_applied_as_in_the_reference(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_lib.open_image(str(tmp_path / "a.jpg"), "here").size == (8, 4)
+
+
+def test_pixels_are_tested_before_a_run(monkeypatch):
+    image_lib.self_test()
+
+    def vertical_first(image, width, height):
+        return image.resize((image.width, height), 3).resize((width, height), 3)
+
+    monkeypatch.setattr(image_lib, "resize", vertical_first)
+    with pytest.raises(UserError, match="makes other pixels"):
+        image_lib.self_test()
 
 
 def test_missing_image():

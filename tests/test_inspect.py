@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hovle_jax.config import IGNORE
-from hovle_jax.data import draw, inspect
+from hovle_jax.data import draw, inspect, stats
 from hovle_jax.data.pack import assemble
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.records import Turn
@@ -277,7 +277,7 @@ def test_stage_1_rows_predict_nothing(world):
 
 def test_stats_are_those_of_the_lengths_and_of_the_plan(world, pipeline, tmp_path):
     config = world.config("instruct")
-    report = inspect.stats_report(pipeline, config.data, windows=3)
+    report = stats.stats_report(pipeline, config.data, windows=3)
     lengths = np.array([pipeline.lengths[0][i] for i in range(25)])
     [source] = report["sources"]
     assert (source["name"], source["records"], source["looked_at"]) == ("colours", 25, 25)
@@ -298,10 +298,10 @@ def test_stats_are_those_of_the_lengths_and_of_the_plan(world, pipeline, tmp_pat
     assert plan["token_fill"] == pytest.approx(used[:, 0].sum() / 96 / len(rows))
     assert plan["tile_fill"] == pytest.approx(used[:, 1].sum() / 4 / len(rows))
     assert plan["balanced_tiles"] == pytest.approx(96 * used[:, 1].sum() / used[:, 0].sum())
-    text = inspect.stats_text(report)
+    text = stats.stats_text(report)
     assert f"token fill {plan['token_fill']:.1%}" in text and "colours" in text
     files = {"png": str(tmp_path / "stats.png"), "json_file": str(tmp_path / "stats.json")}
-    assert inspect.run_stats(config, "conversations", "square", windows=3, **files) == report
+    assert stats.run_stats(config, "conversations", "square", windows=3, **files) == report
     assert json.loads((tmp_path / "stats.json").read_text()) == report
     with Image.open(files["png"]) as picture:
         assert picture.width == draw.WIDTH
@@ -310,7 +310,7 @@ def test_stats_are_those_of_the_lengths_and_of_the_plan(world, pipeline, tmp_pat
 
 def test_wide_histograms_have_bins_of_equal_width():
     values = np.array([3, 3, 90, 1000])
-    spread = inspect._spread(values)
+    spread = stats._spread(values)
     assert len(spread["counts"]) == len(spread["edges"]) - 1 <= 40
     assert len(set(np.diff(spread["edges"]))) == 1
     assert spread["counts"] == np.histogram(values, spread["edges"])[0].tolist()

@@ -46,6 +46,7 @@ ORDER = [
     "data.pipeline",
     "data.draw",
     "data.inspect",
+    "data.stats",
     "stages",
     "optim",
     "train_step",

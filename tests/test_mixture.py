@@ -19,7 +19,9 @@ from hovle_jax.stages import get_stage
 from tests.conftest import write_meta
 
 
-@pytest.mark.parametrize("weights", [[1], [3, 1], [2.5, 1, 0.004, 700, 1e-3], range(1, 30)])
+@pytest.mark.parametrize(
+    "weights", [[1], [3, 1], [2.5, 1, 0.004, 700, 1e-3], [1e-9, 3e-9], range(1, 30)]
+)
 def test_shares_are_exact_and_every_count_is_next(weights):
     shares = Shares(weights)
     counts: collections.Counter[int] = collections.Counter()
@@ -260,6 +262,9 @@ def test_a_mixture_may_change_while_a_run_goes_on(world, three, tmp_path):
     assert len(batches[-1][1]["mixture"]) == 1, "a phase that is past leaves the cursor"
 
     (tmp_path / "less.json").write_text(json.dumps({k: entries[k] for k in "ac"}))
+    shares = {"a": 6.0, "b": 67.5, "c": 8.4, "d": 67.5}
+    for line, (name, share) in zip(after.summary(cursor), shares.items(), strict=True):
+        assert line.startswith(f"{name}: {share / 149.4:.2%} of the samples, "), line
     less = open_three(world, tmp_path / "less.json")
     reader, start = less.reader(cursor)
     assert (start["window"], start["row"]) == (cursor["window"] + 1, 0)

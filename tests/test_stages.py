@@ -422,3 +422,17 @@ def test_order_of_stages():
     }
     with pytest.raises(UserError, match="config.stage: 'pretrain' is not one of distill, align"):
         stages.get_stage("pretrain")
+
+
+def test_the_teacher_normalises_the_students_pixels_its_own_way():
+    """One decode serves both: uint8 pixels under another mean equal pixels normalised outside."""
+    config = dataclasses.replace(
+        run_config("distill").teacher, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3
+    )
+    pixels = make_batch()["pixels"]
+    outside = (pixels.astype(np.float32) / 255 - np.float32([0.5, 0.4, 0.3])) / np.float32(0.2)
+    features = compiled(lambda params, x: teacher.apply(params, x, config)["features"])
+    found, expected = (features(teacher_params(), x) for x in (pixels, outside))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    usual = compiled(lambda p, x: teacher.apply(p, x, run_config("distill").teacher)["features"])
+    assert np.abs(found - usual(teacher_params(), pixels)).max() > 1e-2

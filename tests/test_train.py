@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 
 from hovle_jax import train_step
-from hovle_jax.checkpoint import Checkpoints, load, open_stored
+from hovle_jax.checkpoint import Checkpoints, cursor_before, load, open_stored
 from hovle_jax.config import to_dict
+from hovle_jax.data import inspect
+from hovle_jax.data.pipeline import Pipeline
+from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.metrics import read_metrics
+from hovle_jax.stages import get_stage
 from hovle_jax.train import train as train_on
 from hovle_jax.tree import flatten
 from tests.conftest import write_meta
@@ -104,7 +108,8 @@ def test_a_run_goes_on_with_another_mixture_and_reports_every_source(world, stag
         return world.config("align", steps=steps, data__meta=str(path), init__previous=previous)
 
     train(config(3, first=entry), tmp_path / "run")
-    train(config(6, first=entry, second=entry), tmp_path / "run")
+    both = config(6, first=entry, second=entry)
+    train(both, tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert not any("source/second/tokens" in r for r in rows[:3])
@@ -114,6 +119,15 @@ def test_a_run_goes_on_with_another_mixture_and_reports_every_source(world, stag
         assert sum(row[f"source/{n}/tokens"] for n in names) == row["tokens"]
         losses = [row[f"source/{n}/loss/next_token"] for n in names]
         assert min(losses) - 1e-4 <= row["loss/next_token"] <= max(losses) + 1e-4
+    # The batch of step 5 as `hovle data inspect --workdir` finds it.
+    stage, tokenizer = get_stage("align"), Tokenizer.load(both.data.tokenizer)
+    pipeline = Pipeline(both, stage.data, stage.token_weights, tokenizer, quiet=True)
+    start = cursor_before(tmp_path / "run", 5)
+    assert start[0] == 3
+    batch = inspect.batch_at(both, pipeline, 5, start=start)
+    assert sum(int((arrays["segment_ids"] > 0).sum()) for arrays, _ in batch) == rows[4]["tokens"]
+    samples = [origin["source"] for _, origins in batch for origin in origins]
+    assert samples.count("second") == rows[4].get("source/second/samples", 0)
 
 
 class Killed(Exception):

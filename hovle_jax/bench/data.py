@@ -120,8 +120,8 @@ def parts(config: RunConfig, pipeline: Pipeline) -> dict[str, float]:
             source, i = reader.origin(draw)
             record, tiler = sources[source][i], Tiler(config.model, data, sources[source].max_tiles)
             counts = _pixels(seconds, record, tiler)
-            with timed(seconds, "tokenise"):
-                if record.turns:
+            if record.turns:
+                with timed(seconds, "tokenise"):
                     _encode(config, tokenizer, record, counts)
             with timed(seconds, "sample"):
                 row.append(pipeline.sources[source].sample(i, reader.stream[draw].seen))

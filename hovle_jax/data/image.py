@@ -22,13 +22,19 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompressio
 def open_image(ref: str | bytes, where: str) -> Image.Image:
     """Decodes an image (a path or encoded bytes) to RGB, completely.
 
-    EXIF orientation is not applied: the reference does not either.
+    As the reference does by Pillow's `convert("RGB")`: transparency is dropped, not blended;
+    palettes, grey, two levels and CMYK become colours; the first frame of several; EXIF orientation
+    is not applied. Other than there, 16-bit grey keeps its upper eight bits: Pillow makes
+    everything above 255 white.
 
     Raises:
       UserError: missing, unreadable, corrupt or truncated; the message starts with `where`.
     """
     try:
         with Image.open(_source(ref, where)) as image:
+            if image.mode.startswith("I"):
+                upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+                return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
             if image.mode != "RGB":
                 return image.convert("RGB")
             image.load()  # `convert` would copy the pixels

@@ -106,6 +106,7 @@ class _Measured(NamedTuple):
     cut: list[str]  # what was left out of records longer than a row
 
 
+_VERSION = 2  # of the files and of what is measured
 _LISTS = ("rejects", "cut")
 _CHUNK = 4096  # records a worker measures at a time
 
@@ -174,7 +175,8 @@ def _check_bad(source: SampleSource, bad: Sequence[str], most: float) -> None:
 
 
 def _file_name(source: SampleSource) -> str:
-    digest = hashlib.sha256("\0".join((str(len(source)), *source.fingerprint())).encode())
+    parts = (str(_VERSION), str(len(source)), *source.fingerprint())
+    digest = hashlib.sha256("\0".join(parts).encode())
     readable = re.sub(r"[^\w.-]+", "-", source.name).strip("-")[-60:]
     return f"{readable}-{digest.hexdigest()[:16]}.npy"
 

@@ -19,9 +19,8 @@ from PIL import Image
 from hovle_jax.config import IGNORE, DataConfig, ModelConfig, RunConfig
 from hovle_jax.data import draw, image
 from hovle_jax.data.chat import encode_prompt
-from hovle_jax.data.draw import Chunk, SegmentView, draw_stats
-from hovle_jax.data.draw import stats_text as stats_text  # beside the other texts for callers
-from hovle_jax.data.pipeline import HostBatch, Pipeline
+from hovle_jax.data.draw import Chunk, SegmentView
+from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
@@ -30,13 +29,8 @@ from hovle_jax.errors import UserError
 Report = dict[str, Any]
 Origins = Sequence[Report] | None  # of the segments of a row, one each
 
-# Histograms look at this many records of a source, evenly spread: a table of 500 million lengths
-# on a network disk is not read to draw 40 bars.
-_MOST_RECORDS = 100_000
-_BINS = 40
 
-
-def _write(
+def write(
     report: Report, json_file: str, png: str = "", picture: Callable[[], Image.Image] | None = None
 ) -> Report:
     """Writes what there are file names for; a PNG whatever its name ends in."""
@@ -114,7 +108,7 @@ def run_tile(
 ) -> Report:
     """`hovle data tile`; see `tile_report`."""
     report, picture, tiles = _tile(path, image_size, max_tiles, 1, True)
-    return _write(report, json_file, png, lambda: _draw_tiles(report, picture, tiles))
+    return write(report, json_file, png, lambda: _draw_tiles(report, picture, tiles))
 
 
 def chunks_of(
@@ -225,34 +219,41 @@ def run_prompt(
     loaded = Tokenizer.load(tokenizer or data.tokenizer)
     if config is not None:
         check_tokenizer(loaded, model)
-    return _write(prompt_report(question, images, loaded, model, data), json_file)
+    return write(prompt_report(question, images, loaded, model, data), json_file)
 
 
 def batch_at(
-    config: RunConfig, pipeline: Pipeline, step: int, row: int | None = None
+    config: RunConfig,
+    pipeline: Pipeline,
+    step: int,
+    row: int | None = None,
+    start: tuple[int, Cursor] = (0, START),
 ) -> list[tuple[HostBatch, list[Report]]]:
     """(arrays, origins) of every row of a global batch; only of its `row`-th (from 0) if given.
 
     Origins say what is in each segment: {source, record (from 1), draw (place in the stream)}.
 
-    Steps count from 1, as in the metrics, from the beginning of a run whose config.data.rows never
-    changed. The plan of every window before the step is made again, which reads lengths but no
-    image: O(step) work, then that of the rows asked for.
+    Steps count from 1, as in the metrics. The plan of every window between `start` and the step is
+    made again, which reads lengths but no image.
+
+    Args:
+      start: Steps done and the data cursor after them. From the beginning, the mixture and
+        config.data.rows are taken for those of the whole run.
 
     Raises:
       UserError: no such step or row, or a record that cannot be read.
     """
-    per_step = config.data.rows
-    if step < 1:
-        raise UserError(f"--step {step}: steps count from 1")
+    per_step, (done, cursor) = config.data.rows, start
+    if step <= done:
+        raise UserError(f"--step {step}: steps count from {done + 1} here")
     if row is not None and not 0 <= row < per_step:
         raise UserError(f"--row {row}: a batch has rows 0 to {per_step - 1} (config.data.rows)")
     wanted = range(per_step) if row is None else [row]
-    reader, _ = pipeline.reader()
-    plan = reader.plan()
+    reader, cursor = pipeline.reader(cursor)
+    plan = reader.plan(cursor)
     found = []
     for number in wanted:
-        at = (step - 1) * per_step + number
+        at = (step - 1 - done) * per_step + number
         origins = []
         for place in plan[at]:
             source, record = reader.origin(place)
@@ -410,6 +411,7 @@ def run_inspect(
     row: int = 0,
     json_file: str = "",
     png: str = "",
+    start: tuple[int, Cursor] = (0, START),
 ) -> Report:
     """`hovle data inspect`: row `row` of global step `step`; see `row_report` and `batch_at`.
 
@@ -417,79 +419,15 @@ def run_inspect(
       kind: The stage's data, 'unpaired' or 'conversations'.
       weights: The stage's token weights.
     """
-    tokenizer, pipeline = _open(config, kind, weights)
-    arrays, origins = batch_at(config, pipeline, step, row)[0]
+    tokenizer, pipeline = open_pipeline(config, kind, weights)
+    arrays, origins = batch_at(config, pipeline, step, row, start)[0]
     report, chunks = _row_report(arrays, tokenizer, config.model.tokens_per_tile, origins)
     report = {"stage": config.stage, "step": step, "row": row, **report}
     title = f"{config.stage}: step {step}, row {row} of 0 to {config.data.rows - 1}"
-    return _write(report, json_file, png, lambda: _draw_row(arrays, report, chunks, title))
+    return write(report, json_file, png, lambda: _draw_row(arrays, report, chunks, title))
 
 
-def _open(config: RunConfig, kind: str, weights: str) -> tuple[Tokenizer, Pipeline]:
+def open_pipeline(config: RunConfig, kind: str, weights: str) -> tuple[Tokenizer, Pipeline]:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     index = Path(config.data.index) if config.data.index else None
     return tokenizer, Pipeline(config, kind, weights, tokenizer, index=index)
-
-
-def stats_report(pipeline: Pipeline, data: DataConfig, windows: int = 4) -> Report:
-    """Lengths and fills: what to choose config.data.tokens, tiles and window by.
-
-    Lengths are those of the index; no image is read.
-
-    Args:
-      windows: How many windows of the plan, from the first on.
-
-    Returns:
-      sources: per source name, records, looked_at (at most 100,000 of them, evenly spread), and
-      tokens and tiles, each {min, mean, median, p95, max, edges [n + 1], counts [n]};
-      plan: of the first windows windows, samples, rows, samples_per_row, token_fill, tile_fill,
-      row_token_fill and row_tile_fill [rows], draws {source: samples}, balanced_tiles (the tile
-      limit at which this mixture would fill tokens and tiles alike).
-    """
-    sources = []
-    for source, lengths in zip(pipeline.sources, pipeline.lengths, strict=True):
-        count = min(len(lengths), _MOST_RECORDS)
-        looked = np.array([lengths[i * len(lengths) // count] for i in range(count)])
-        about = {"name": source.name, "records": len(lengths), "looked_at": count}
-        spreads = {what: _spread(looked[:, k]) for k, what in enumerate(("tokens", "tiles"))}
-        sources.append(about | spreads)
-    reader, _ = pipeline.reader()
-    places = range(windows * data.window)
-    drawn = np.array([reader.length(n) for n in places])
-    plan = reader.plan()
-    rows = [np.array(r) for w in range(windows) for r in plan.rows(w)]
-    fills = np.array([drawn[r].sum(axis=0) for r in rows]) / (data.tokens, max(data.tiles, 1))
-    names = [pipeline.names[reader.origin(n)[0]] for n in places]
-    planned = {
-        "windows": windows,
-        "samples": len(drawn),
-        "rows": len(rows),
-        "samples_per_row": len(drawn) / len(rows),
-        "token_fill": float(fills[:, 0].mean()),
-        "tile_fill": float(fills[:, 1].mean()),
-        "row_token_fill": fills[:, 0].tolist(),
-        "row_tile_fill": fills[:, 1].tolist(),
-        "draws": {s.name: names.count(s.name) for s in pipeline.sources},
-        "balanced_tiles": float(data.tokens * drawn[:, 1].sum() / drawn[:, 0].sum()),
-    }
-    limits = {"tokens": data.tokens, "tiles": data.tiles, "window": data.window}
-    return {**limits, "sources": sources, "plan": planned}
-
-
-def _spread(values: np.ndarray) -> Report:
-    """Whole numbers: every bin is equally many of them wide, the last may reach beyond the most."""
-    low, high = int(values.min()), int(values.max())
-    width = -(-(high - low + 1) // _BINS)
-    edges = np.arange(low, high + width + 1, width)
-    median, p95 = map(float, np.percentile(values, (50, 95)))
-    counts = np.bincount((values - low) // width, minlength=len(edges) - 1).tolist()
-    words = {"min": low, "mean": float(values.mean()), "median": median, "p95": p95, "max": high}
-    return {**words, "edges": edges.tolist(), "counts": counts}
-
-
-def run_stats(
-    config: RunConfig, kind: str, weights: str, windows: int = 4, json_file: str = "", png: str = ""
-) -> Report:
-    """`hovle data stats`: see `stats_report`; `kind` and `weights` as in `run_inspect`."""
-    report = stats_report(_open(config, kind, weights)[1], config.data, windows)
-    return _write(report, json_file, png, lambda: draw_stats(report))

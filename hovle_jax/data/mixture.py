@@ -121,8 +121,8 @@ class Shares:
     """
 
     def __init__(self, weights: Any):
-        """`weights`: positive numbers, taken to six significant decimals of a denominator."""
-        exact = [Fraction(w).limit_denominator(10**6) for w in weights]
+        """`weights`: positive numbers. 0.1 means a tenth, not the float next to it."""
+        exact = [Fraction(w).limit_denominator(10**6) or Fraction(w) for w in weights]
         unit = math.lcm(*(w.denominator for w in exact))
         self._sums = [0]  # integers: no rounding however far the stream goes
         for weight in exact:

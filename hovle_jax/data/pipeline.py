@@ -244,12 +244,28 @@ class Pipeline:
         window, row = start["window"], start["row"]
         following = (window + bool(row)) * data.window
         phases = phases_from(start["mixture"], sizes, weights, following)
-        if any(set(phase.sizes) - set(sizes) for phase in phases[:-1]):
+        gone = sorted({name for phase in phases[:-1] for name in set(phase.sizes) - set(sizes)})
+        if gone:
+            if row:
+                _say(f"{', '.join(gone)}: gone; the rest of a window of {data.window} is not read")
             window, row, phases = window + bool(row), 0, phases[-1:]
-            _say(f"a source is gone: what was left of {data.window} samples is not read")
         stream = Stream(self.names, phases, self._config.seed)
         cursor = _cursor(window, row, data.window, phases)
         return self._reader(splits=splits, stream=stream), cursor
+
+    def summary(self, start: Cursor = START) -> list[str]:
+        """A line per source: its share, its records, and how often they were read."""
+        reader, start = self.reader(start)
+        assert isinstance(reader.stream, Stream)
+        drawn = reader.stream.drawn(start["window"] * self._config.data.window)
+        total, lines = sum(self._shares), []
+        for name, split, share in zip(self.names, reader.splits, self._shares, strict=True):
+            epochs = drawn.get(name, 0) / len(split)
+            lines.append(
+                f"{name}: {share / total:.2%} of the samples, {len(split):,} records, "
+                f"read {epochs:.2f} times so far"
+            )
+        return lines
 
     def batches(
         self, start: Cursor = START, *, host: int = 0, hosts: int = 1
@@ -276,6 +292,8 @@ class Pipeline:
         stream = OnePass([len(split) for split in splits])
         reader = self._reader(splits=splits, stream=stream)
         here = data.rows // hosts
+        if not len(stream):
+            raise UserError(f"config.data.holdout: no source has {data.holdout} records")
         batches = -(-reader.plan().count() // data.rows)
         for batch in self._host_batches(Rows(reader), batches * here, host, hosts):
             self._count(batch.pop("read").sum(axis=0))
@@ -301,11 +319,17 @@ class Pipeline:
         drawn, bad = self.read
         # A few in a row mean little; a broken disk or a moved folder is many.
         if bad > max(self._config.data.max_bad * drawn, 10):
-            where = f"; see {self.rejects}" if self.rejects else ""
             raise UserError(
                 f"{bad} of {drawn} samples could not be read, more than config.data.max_bad="
-                f"{self._config.data.max_bad}{where}"
+                f"{self._config.data.max_bad}{self._last_rejects()}"
             )
+
+    def _last_rejects(self) -> str:
+        """The newest reasons, from whichever worker or host wrote them."""
+        if self.rejects is None or not self.rejects.is_file():
+            return ""
+        lines = self.rejects.read_text().splitlines()[-3:]
+        return f"; see {self.rejects}: " + "; ".join(json.loads(x)["reason"] for x in lines)
 
 
 def global_row(i: int, *, rows: int, host: int, hosts: int) -> int:

@@ -1,0 +1,80 @@
+"""Lengths and fills: what to choose config.data.tokens, tiles and window by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hovle_jax.config import DataConfig, RunConfig
+from hovle_jax.data.draw import draw_stats
+from hovle_jax.data.draw import stats_text as stats_text  # beside the report for callers
+from hovle_jax.data.inspect import Report, open_pipeline, write
+from hovle_jax.data.pipeline import Pipeline
+
+# Histograms look at this many records of a source, evenly spread: a table of 500 million lengths
+# on a network disk is not read to draw 40 bars.
+_MOST_RECORDS = 100_000
+_BINS = 40
+
+
+def stats_report(pipeline: Pipeline, data: DataConfig, windows: int = 4) -> Report:
+    """Lengths and fills: what to choose config.data.tokens, tiles and window by.
+
+    Lengths are those of the index; no image is read.
+
+    Args:
+      windows: How many windows of the plan, from the first on.
+
+    Returns:
+      sources: per source name, records, looked_at (at most 100,000 of them, evenly spread), and
+      tokens and tiles, each {min, mean, median, p95, max, edges [n + 1], counts [n]};
+      plan: of the first windows windows, samples, rows, samples_per_row, token_fill, tile_fill,
+      row_token_fill and row_tile_fill [rows], draws {source: samples}, balanced_tiles (the tile
+      limit at which this mixture would fill tokens and tiles alike).
+    """
+    sources = []
+    for source, lengths in zip(pipeline.sources, pipeline.lengths, strict=True):
+        count = min(len(lengths), _MOST_RECORDS)
+        looked = np.array([lengths[i * len(lengths) // count] for i in range(count)])
+        about = {"name": source.name, "records": len(lengths), "looked_at": count}
+        spreads = {what: _spread(looked[:, k]) for k, what in enumerate(("tokens", "tiles"))}
+        sources.append(about | spreads)
+    reader, _ = pipeline.reader()
+    places = range(windows * data.window)
+    drawn = np.array([reader.length(n) for n in places])
+    plan = reader.plan()
+    rows = [np.array(r) for w in range(windows) for r in plan.rows(w)]
+    fills = np.array([drawn[r].sum(axis=0) for r in rows]) / (data.tokens, max(data.tiles, 1))
+    names = [pipeline.names[reader.origin(n)[0]] for n in places]
+    planned = {
+        "windows": windows,
+        "samples": len(drawn),
+        "rows": len(rows),
+        "samples_per_row": len(drawn) / len(rows),
+        "token_fill": float(fills[:, 0].mean()),
+        "tile_fill": float(fills[:, 1].mean()),
+        "row_token_fill": fills[:, 0].tolist(),
+        "row_tile_fill": fills[:, 1].tolist(),
+        "draws": {s.name: names.count(s.name) for s in pipeline.sources},
+        "balanced_tiles": float(data.tokens * drawn[:, 1].sum() / drawn[:, 0].sum()),
+    }
+    limits = {"tokens": data.tokens, "tiles": data.tiles, "window": data.window}
+    return {**limits, "sources": sources, "plan": planned}
+
+
+def _spread(values: np.ndarray) -> Report:
+    """Whole numbers: every bin is equally many of them wide, the last may reach beyond the most."""
+    low, high = int(values.min()), int(values.max())
+    width = -(-(high - low + 1) // _BINS)
+    edges = np.arange(low, high + width + 1, width)
+    median, p95 = map(float, np.percentile(values, (50, 95)))
+    counts = np.bincount((values - low) // width, minlength=len(edges) - 1).tolist()
+    words = {"min": low, "mean": float(values.mean()), "median": median, "p95": p95, "max": high}
+    return {**words, "edges": edges.tolist(), "counts": counts}
+
+
+def run_stats(
+    config: RunConfig, kind: str, weights: str, windows: int = 4, json_file: str = "", png: str = ""
+) -> Report:
+    """`hovle data stats`: see `stats_report`; `kind` and `weights` as in `run_inspect`."""
+    report = stats_report(open_pipeline(config, kind, weights)[1], config.data, windows)
+    return write(report, json_file, png, lambda: draw_stats(report))
