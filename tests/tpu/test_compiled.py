@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from hovle_jax import aot, hlo
-from hovle_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig
+from hovle_jax.config import DataConfig, RunConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs"))
 from models import HOVLE_2B  # noqa: E402
@@ -24,7 +24,7 @@ from models import HOVLE_2B  # noqa: E402
 pytestmark = pytest.mark.tpu
 LAYERS = 2  # in each stack
 TOKENS = 1536  # differs from every width of the model, so an activation is known by it
-MESHES = {"v5e:4x4": MeshConfig(), "v5p:2x2x4": MeshConfig(), "v6e:4x4": MeshConfig()}
+TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
 
 
 def run_config(devices: int) -> RunConfig:
@@ -35,7 +35,7 @@ def run_config(devices: int) -> RunConfig:
         decoder=dataclasses.replace(HOVLE_2B.decoder, num_layers=LAYERS),
     )
     data = DataConfig(rows=devices, tokens=TOKENS, tiles=3)
-    return RunConfig(stage="instruct", model=model, data=data, optim=OptimConfig())
+    return RunConfig(stage="instruct", model=model, data=data)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def plan_of(topology: str) -> aot.Plan:
     return aot.make_plan(run_config(len(target.devices)), target)
 
 
-@pytest.fixture(params=list(MESHES))
+@pytest.fixture(params=TOPOLOGIES)
 def plan(request) -> aot.Plan:
     return plan_of(request.param)
 
@@ -111,6 +111,6 @@ def test_state_is_split_over_all_devices(plan):
 
 
 def test_memory_is_bounded(plan):
-    # 1.1B parameters x 12 bytes / 16 devices is 0.8 GiB; activations of 1,536 tokens are small.
-    assert plan.memory.arguments < 1.0 * 2**30
-    assert plan.memory.peak < 4.0 * 2**30
+    # 0.7B parameters x 12 bytes over 16 devices; 4 layers of 1,536 tokens and their scores.
+    assert plan.memory.arguments < 0.6 * 2**30
+    assert plan.memory.peak < 3.0 * 2**30
