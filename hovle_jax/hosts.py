@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 
 import jax
@@ -10,6 +11,8 @@ from jax._src import distributed  # orbax reaches the client this way, too; ther
 from hovle_jax.errors import UserError
 
 _PREFIX = "hovle/data"
+_STOP = "hovle/stop"
+_runs = itertools.count()  # a process may train more than once
 
 
 class DataBarrier:
@@ -17,25 +20,45 @@ class DataBarrier:
 
     Without it a host whose data is late leaves the others in a collective that neither ends nor
     says whom it waits for. About a millisecond a step, while the device computes.
+
+    Here they also agree on the step at which a run ends before its last: a host that cannot go on,
+    or was told to stop, would otherwise save a checkpoint for which the others never come.
     """
 
     def __init__(self, timeout: float):
-        """`timeout`: seconds to wait for the slowest host."""
-        self._timeout = timeout
+        """`timeout`: seconds to wait for the slowest host. UserError: hosts without connection."""
+        self._timeout, self._run = timeout, next(_runs)
         self._client = distributed.global_state.client if jax.process_count() > 1 else None
+        if jax.process_count() > 1 and self._client is None:
+            raise UserError(
+                f"{jax.process_count()} hosts, but nothing connects them: call "
+                "jax.distributed.initialize() before the run"
+            )
 
-    def wait(self, step: int) -> None:
-        """Call when the batch of `step` is there. UserError: names the hosts that did not come."""
+    def wait(self, step: int, stop: str = "") -> str:
+        """Call when the batch of `step` is there, or with the reason to stop before that step.
+
+        Returns the same on all hosts: the reason of the first host that has one, '' to go on.
+
+        Raises:
+          UserError: names the hosts that did not come.
+        """
         if self._client is None:
-            return
-        mine = f"{_PREFIX}/{jax.process_index()}"
+            return stop
+        process = jax.process_index()
+        mine = f"{_PREFIX}/{process}"
         self._client.key_value_set(mine, f"{step} {socket.gethostname()}", allow_overwrite=True)
+        # Of this step alone: a host that is ahead may already have a reason to stop at the next.
+        reasons = f"{_STOP}/{self._run}/{step}/"
+        if stop:
+            self._client.key_value_set(f"{reasons}{process:06}", stop)
         try:
             self._client.wait_at_barrier(_PREFIX, int(self._timeout * 1000))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):  # a host is gone: jax says which
                 raise
             raise UserError(self._late(step)) from None
+        return next((reason for _, reason in sorted(self._client.key_value_dir_get(reasons))), "")
 
     def _late(self, step: int) -> str:
         assert self._client is not None

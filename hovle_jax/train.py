@@ -45,6 +45,7 @@ from hovle_jax.train_step import (
 from hovle_jax.tree import flatten, split, unflatten
 
 Params = dict[str, Any]
+_SIGTERM = "SIGTERM"
 
 
 class Preempted(Exception):
@@ -101,31 +102,31 @@ def train(
         with _sigterm() as terminated:
             for step in range(int(state.step) + 1, config.steps + 1):
                 begin = time.monotonic()
+                stop = _SIGTERM if terminated else ""
                 try:
-                    host_batch, following = next(batches)
-                    barrier.wait(step)
-                except UserError:  # a bad record costs no step that is done
-                    # A save takes all hosts, and others may not have come this far.
-                    if jax.process_count() == 1 and step - 1 not in (0, checkpoints.latest()):
+                    if not stop:
+                        host_batch, following = next(batches)
+                except UserError as error:
+                    stop = str(error)
+                if stop := barrier.wait(step, stop):  # no step that is done is lost
+                    if step - 1 not in (0, checkpoints.latest()):
                         reporter.flush()
                         checkpoints.save(state, cursor)
                     checkpoints.close()
-                    raise
+                    if stop == _SIGTERM:
+                        raise Preempted(f"saved step {step - 1} in {workdir}")
+                    raise UserError(stop)
                 cursor = following
                 waited = time.monotonic() - begin
                 batch = _to_device(host_batch, place)
                 state, metrics = step_fn(state, frozen, teach, batch)
                 reporter.dispatched(step, metrics, waited, int(pipeline.read[1]))
                 due = config.save_every and step % config.save_every == 0
-                if due or step == config.steps or terminated:
+                if due or step == config.steps:
                     reporter.flush()  # a saved step is never missing from the metrics
                     checkpoints.save(state, cursor)
-                if terminated and step < config.steps:
-                    break
         last = reporter.finish()
         checkpoints.close()
-        if terminated and int(state.step) < config.steps:
-            raise Preempted(f"saved step {int(state.step)} in {workdir}")
         return last
 
 

@@ -7,6 +7,12 @@ import socket
 import subprocess
 import sys
 
+import jax
+import pytest
+
+from hovle_jax.errors import UserError
+from hovle_jax.hosts import DataBarrier
+
 SCRIPT = """
 import sys, time, jax
 process, port = int(sys.argv[1]), sys.argv[2]
@@ -14,7 +20,10 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import DataBarrier
 for step in range(1, 21):
-    DataBarrier(30).wait(step)
+    stop = "disk" if process == 1 and step == 7 else "SIGTERM" if step == 20 else ""
+    # Also where a host is a step ahead when the other one reads what was said.
+    said = DataBarrier(30).wait(step, stop)
+    assert said == {7: "disk", 20: "SIGTERM"}.get(step, ""), (step, said)
 if process == 1:
     sys.stdin.readline()  # its data never comes
 try:
@@ -49,3 +58,10 @@ def test_a_late_host_is_named():
     finally:
         first.kill()
         second.kill()
+
+
+def test_hosts_that_cannot_talk_are_refused(monkeypatch):
+    """A TPU slice knows its hosts without jax.distributed; the barrier would be none."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="jax.distributed.initialize"):
+        DataBarrier(1)
