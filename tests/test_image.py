@@ -202,6 +202,27 @@ def test_truncated_image_names_file_and_row(tmp_path, image_format):
     assert image_lib.image_size_of(str(path), "a.jsonl:3") == (64, 64)
 
 
+@pytest.mark.parametrize("error", [NotImplementedError("flags 3"), TypeError("t"), MemoryError()])
+def test_whatever_a_decoder_raises_names_the_row(monkeypatch, error):
+    """Pillow's DDS and TIFF decoders raise the first two for some damaged files."""
+
+    def broken(_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", broken)
+    for read in (image_lib.open_image, image_lib.image_size_of):
+        with pytest.raises(UserError, match="^rows:7: cannot read image a.dds"):
+            read("a.dds", "rows:7")
+
+
+def test_a_picture_of_absurd_height_is_refused_before_its_pixels():
+    data = io.BytesIO()
+    Image.new("1", (1, 65_536)).save(data, format="PNG")
+    for read in (image_lib.open_image, image_lib.image_size_of):
+        with pytest.raises(UserError, match="^rows:7: .*65536 pixels high"):
+            read(data.getvalue(), "rows:7")
+
+
 def test_not_an_image():
     for read in (image_lib.open_image, image_lib.image_size_of):
         with pytest.raises(UserError, match=r"^a.jsonl:3: .* 5 embedded bytes .*not an image"):

@@ -15,9 +15,6 @@ from PIL import Image
 from hovle_jax.data import files
 from hovle_jax.errors import UserError
 
-# What Pillow raises on bytes that are no image, are cut short, or are absurdly large.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
 
 def open_image(ref: str | bytes, where: str) -> Image.Image:
     """Decodes an image (a path or encoded bytes) to RGB, completely.
@@ -32,6 +29,7 @@ def open_image(ref: str | bytes, where: str) -> Image.Image:
     """
     try:
         with Image.open(_source(ref, where)) as image:
+            _check_height(image)
             if image.mode.startswith("I"):
                 upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
                 return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
@@ -39,7 +37,7 @@ def open_image(ref: str | bytes, where: str) -> Image.Image:
                 return image.convert("RGB")
             image.load()  # `convert` would copy the pixels
             return image
-    except _DECODE_ERRORS as e:
+    except Exception as e:  # the decoders of damaged files raise every kind
         raise _image_error(ref, where, e) from e
 
 
@@ -47,9 +45,17 @@ def image_size_of(ref: str | bytes, where: str) -> tuple[int, int]:
     """(width, height) from the header alone; errors as `open_image`, except for truncated data."""
     try:
         with Image.open(_source(ref, where)) as image:
+            _check_height(image)
             return image.size
-    except _DECODE_ERRORS as e:
+    except Exception as e:
         raise _image_error(ref, where, e) from e
+
+
+def _check_height(image: Image.Image) -> None:
+    """The first pass of a resize keeps the height: a line of two kilobytes would take a minute and
+    gigabytes. JPEG and WebP have no such pictures."""
+    if image.height > 65_535:
+        raise ValueError(f"{image.height} pixels high")
 
 
 def _source(ref: str | bytes, where: str) -> str | io.BytesIO:
@@ -59,6 +65,8 @@ def _source(ref: str | bytes, where: str) -> str | io.BytesIO:
 
 
 def _image_error(ref: str | bytes, where: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, FileNotFoundError):
         return UserError(f"{where}: image file not found: {ref!s}")
     name = f"{len(ref)} embedded bytes" if isinstance(ref, bytes) else ref
