@@ -225,6 +225,44 @@ def open_list(root: Path, text: str | bytes) -> json_list.LlavaJson:
     return json_list.LlavaJson("a", str(root / "a.json"), "")
 
 
+def test_a_folder_of_pictures_and_one_tar_is_not_guessed(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    with tarfile.open(tmp_path / "backup.tar", "w") as tar:
+        tar.add(tmp_path / "0.png", "0.png")
+    with pytest.raises(UserError, match=r"holds \.tar and \.png files; keep one"):
+        sources.open_source(str(tmp_path))
+
+
+def test_a_meta_file_may_name_a_glob_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("laion").mkdir()
+    Path("metas").mkdir()
+    Image.new("RGB", (4, 4)).save("0.png")
+    Path("0.txt").write_text("white")
+    with tarfile.open("laion/0.tar", "w") as tar:
+        tar.add("0.png")
+        tar.add("0.txt")
+    Path("metas/meta.json").write_text(json.dumps({"laion": {"annotation": "laion/*.tar"}}))
+    (entry,) = sources.open_meta("metas/meta.json")
+    assert len(entry.source) == 1 and entry.fingerprint[0].split()[0] == str(
+        tmp_path / "laion/0.tar"
+    )
+
+
+def test_a_folder_of_images_is_told_by_its_paths_also_in_a_meta_file(tmp_path):
+    (tmp_path / "images/deep").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/deep/0.png")
+    (tmp_path / "meta.json").write_text(json.dumps({"pictures": {"annotation": "images"}}))
+
+    def state():
+        return sources.open_meta(str(tmp_path / "meta.json"), images_only=True)[0].fingerprint
+
+    before = state()
+    (tmp_path / "images/deep/0.png").rename(tmp_path / "images/deep/1.png")
+    assert state() != before
+
+
 def test_list_elements_are_found_anywhere(tmp_path, monkeypatch):
     """Also across the windows the file is read in."""
     rows = [{"conversations": talk("é" * n)[1:], "n": n, "s": '[{"\\,]}'} for n in range(40)]

@@ -15,7 +15,7 @@ from hovle_jax.data.records import Record
 from hovle_jax.data.rows import PROMPT, load_json, make_record
 from hovle_jax.errors import UserError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class _Lines:
@@ -106,9 +106,9 @@ class ImageFolder:
         self.name = name
         self.max_tiles = max_tiles
         found = files.files_below(directory)
-        self._paths = [path for path in found if path.lower().endswith(_SUFFIXES)]
+        self._paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
         if not self._paths:
-            raise UserError(f"{name}: no {'/'.join(_SUFFIXES)} files below {directory}")
+            raise UserError(f"{name}: no {'/'.join(IMAGE_SUFFIXES)} files below {directory}")
 
     def __len__(self) -> int:
         return len(self._paths)

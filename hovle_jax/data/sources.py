@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ from hovle_jax.data import files
 from hovle_jax.data.array_record import MANIFEST, ArrayRecordSource
 from hovle_jax.data.json_list import LlavaJson
 from hovle_jax.data.parquet import Parquet
-from hovle_jax.data.readers import ImageFolder, JsonlConversations
+from hovle_jax.data.readers import IMAGE_SUFFIXES, ImageFolder, JsonlConversations
 from hovle_jax.data.records import Record, Source, position
 from hovle_jax.data.rows import PROMPT, load_json
 from hovle_jax.data.tfds_source import TfdsSource
@@ -68,11 +69,13 @@ def open_source(
         if JOURNAL in names:
             raise UserError(f"{path}: an unfinished conversion; finish it with the same command")
         kinds = {os.path.splitext(file)[1] for file in names}
-        found = [kind for kind in (".array_record", ".tar", ".parquet") if kind in kinds]
+        found: list[str] = [k for k in (".array_record", ".tar", ".parquet") if k in kinds]
+        found += sorted(kinds & set(IMAGE_SUFFIXES)) if found else []
+        if len(found) > 1:
+            two = " and ".join(found[:2])
+            raise UserError(f"{path}: holds {two} files; keep one kind, or name a glob")
         if not found and MANIFEST not in names:
             return ImageFolder(name, path, max_tiles)
-        if len(found) > 1:
-            raise UserError(f"{path}: holds {' and '.join(found)} files; name one kind by a glob")
         suffix = found[0] if found else ".array_record"  # of which every row was rejected
     root = os.path.dirname(path) if root is None else root
     match suffix:
@@ -140,8 +143,7 @@ class MetaEntry:
 def open_images(path: str) -> MetaEntry:
     """Opens the images of whatever `open_source` opens, for a mixture; named by the path."""
     source = open_source(path, path, images_only=True)
-    inside = source.fingerprint() if isinstance(source, ImageFolder) else states_of(path)
-    return MetaEntry(path, source, 1.0, None, False, tuple(map(str, inside)))
+    return MetaEntry(path, source, 1.0, None, False, _state(source, path))
 
 
 def open_meta(
@@ -199,6 +201,7 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
         raise UserError(f"{where}: root must be a directory, got {root!r}")
     annotation, root = _resolve(entry["annotation"], path), _resolve(root, path)
     source = open_source(annotation, name, root=root, max_tiles=max_tiles, images_only=images_only)
+    state = (*_state(source, annotation), root)
     if repeat_mode == "internvl" and repeat < 1:
         count = int(len(source) * repeat)
         if not count:
@@ -206,7 +209,7 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
         source, repeat = Head(source, count), 1.0
     elif repeat_mode == "internvl":
         repeat = float(int(repeat))
-    return MetaEntry(name, source, repeat, weight, augment, (*states_of(annotation), root))
+    return MetaEntry(name, source, repeat, weight, augment, state)
 
 
 def _positive(value: Any, key: str, where: str) -> float:
@@ -214,6 +217,10 @@ def _positive(value: Any, key: str, where: str) -> float:
     if not number or not 0 < value <= sys.float_info.max:
         raise UserError(f"{where}: {key} must be a positive number, got {value!r}")
     return float(value)
+
+
+def _state(source: Source, path: str) -> tuple[str, ...]:
+    return source.fingerprint() if isinstance(source, ImageFolder) else states_of(path)
 
 
 def states_of(path: str) -> tuple[str, ...]:
@@ -231,6 +238,8 @@ def states_of(path: str) -> tuple[str, ...]:
 
 def _resolve(path: str, meta: str) -> str:
     """From the working directory if it is there, else from the meta file's directory."""
-    if path.startswith("tfds:") or files.is_remote(path) or os.path.exists(path):
+    base = path.partition("#")[0]  # of a split
+    there = os.path.exists(base) or any(glob.iglob(path))
+    if path.startswith("tfds:") or files.is_remote(path) or there:
         return path
     return os.path.join(os.path.dirname(meta), path)
