@@ -36,12 +36,14 @@ class Phase:
       sizes: Records of each source, by name.
       weights: Samples of each source, relative to the others.
       drawn: Samples that sources had given before `start`, those of past phases included.
+      gone: Records of sources of past phases that this one has not, should they come back.
     """
 
     start: int
     sizes: dict[str, int]
     weights: dict[str, float]
     drawn: dict[str, int]
+    gone: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Stream:
@@ -122,7 +124,7 @@ class Shares:
 
     def __init__(self, weights: Any):
         """`weights`: positive numbers. 0.1 means a tenth, not the float next to it."""
-        exact = [Fraction(w).limit_denominator(10**6) or Fraction(w) for w in weights]
+        exact = [Fraction(str(w)) for w in weights]
         unit = math.lcm(*(w.denominator for w in exact))
         self._sums = [0]  # integers: no rounding however far the stream goes
         for weight in exact:
@@ -170,7 +172,7 @@ def phases_from(
       UserError: a source has another number of records than before.
     """
     phases = [Phase(**phase) for phase in stored]
-    before = {name: size for phase in phases for name, size in phase.sizes.items()}
+    before = {name: n for phase in phases for name, n in (phase.gone | phase.sizes).items()}
     for name, size in sizes.items():
         if before.get(name, size) != size:
             raise UserError(
@@ -183,6 +185,7 @@ def phases_from(
     if list(last.sizes.items()) == list(sizes.items()) and last.weights == weights:
         return phases
     drawn = Stream(list(before), phases, seed=0).drawn(place)
+    gone = {name: size for name, size in before.items() if name not in sizes}
     return [phase for phase in phases if phase.start < place] + [
-        Phase(place, sizes, weights, drawn)
+        Phase(place, sizes, weights, drawn, gone)
     ]
