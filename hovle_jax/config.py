@@ -308,6 +308,10 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:  # numpy knows no such seed
+            raise UserError("seed must not be negative")
+
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A mutable copy for configs/*.py and command-line overrides."""
         # None fields (data.system) must stay assignable, hence no type safety for those.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -340,3 +341,25 @@ def test_long_conversations_are_cut_at_whole_turns(world, tmp_path):
     assert dropping.measure(0).cut.endswith("left out")
     fingerprints = {source(p)[0].fingerprint() for p in ("cut", "drop")} | {whole.fingerprint()}
     assert len(fingerprints) == 3
+
+
+def test_a_small_weight_is_not_none():
+    counts = Shares([1.0, 3e-7, 2e-7]).counts(10**10)
+    assert abs(counts[1] - 3000) < 3 and abs(counts[2] - 2000) < 3
+    assert Shares([1e-9, 3e-9]).counts(8) == [2, 6]
+
+
+def test_a_source_that_comes_back_is_the_one_that_went():
+    """Also after it has left the cursor's phases: with other records it would repeat some."""
+
+    def stored(phases):
+        return json.loads(json.dumps([dataclasses.asdict(phase) for phase in phases]))
+
+    both, one = {"a": 100, "b": 50}, {"a": 100}
+    phases = phases_from([], both, {"a": 1.0, "b": 1.0}, 0)
+    phases = phases_from(stored(phases), one, {"a": 1.0}, 1000)[-1:]
+    phases = phases_from(stored(phases), one, {"a": 2.0}, 2000)[-1:]
+    with pytest.raises(UserError, match="b: has 70 records, but had 50"):
+        phases_from(stored(phases), {"a": 100, "b": 70}, {"a": 1.0, "b": 1.0}, 3000)
+    again = phases_from(stored(phases), both, {"a": 1.0, "b": 1.0}, 3000)[-1]
+    assert again.drawn == {"a": 2500, "b": 500} and not again.gone

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +189,8 @@ def _save(path: Path, measured: _Measured) -> None:
     np.save(table, measured.table)
     contents = {path.with_suffix(f".{k}.jsonl"): _lines(getattr(measured, k)) for k in _LISTS}
     for target, content in (contents | {path: table.getvalue()}).items():
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        # Not the process id: in containers that of every host may be 1.
+        temporary = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
         temporary.write_bytes(content)
         os.replace(temporary, target)
 

@@ -13,8 +13,11 @@ import bisect
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ from hovle_jax.data.samples import (
 from hovle_jax.data.sources import open_images, open_meta
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 
 Cursor = dict[str, Any]
 START: Cursor = {"window": 0, "row": 0, "mixture": []}
@@ -146,6 +149,8 @@ class Reader:
     def row(self, places: Sequence[int]) -> HostBatch:
         """Samples at `places` as a row, and under "read" how many there were and how many bad."""
         data = self.config.data
+        # Of (0, 0) the index already says that it is left out: neither drawn nor bad.
+        places = [n for n in places if self.length(n) != (0, 0)]
         samples = {n: s for n in places if (s := self._sample(n)) is not None}
         row = assemble(
             list(samples.values()),
@@ -165,8 +170,6 @@ class Reader:
         """
         number, record = self.origin(n)
         source, planned = self.sources[number], self.lengths[number][record]
-        if planned == (0, 0):
-            return None
         try:
             sample = source.sample(record, self.stream[n].seen)
         except UserError as reason:
@@ -219,6 +222,7 @@ class Pipeline:
         image.self_test()
         self._config, data = config, config.data
         self.read = np.zeros(2, np.int64)  # samples drawn by this host so far, bad ones among them
+        self._recent = np.zeros(2)  # of the last thousand or so, older ones counting less
         self.sources, self._shares = open_sources(config, kind, tokenizer)
         self.names = [source.name for source in self.sources]
         _check_names(self.names, data.max_sources)
@@ -311,18 +315,23 @@ class Pipeline:
         if data.workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
                 flags.FLAGS(["hovle"], known_only=True)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+            options = grain.MultiprocessingOptions(num_workers=data.workers)
+            return _of_workers(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
         return dataset
 
     def _count(self, read: np.ndarray) -> None:
+        most = self._config.data.max_bad
         self.read += read
-        drawn, bad = self.read
-        # A few in a row mean little; a broken disk or a moved folder is many.
-        if bad > max(self._config.data.max_bad * drawn, 10):
-            raise UserError(
-                f"{bad} of {drawn} samples could not be read, more than config.data.max_bad="
-                f"{self._config.data.max_bad}{self._last_rejects()}"
-            )
+        self._recent = self._recent * 0.999 ** read[0] + read
+        # A few in a row mean little; a broken disk or a moved folder is many, and a long run must
+        # not wait until they are many of all it has read.
+        counts = [("", self.read, most), ("the last ", self._recent, most + 0.1)]
+        for which, (drawn, bad), limit in counts:
+            if bad > max(limit * drawn, 10):
+                raise UserError(
+                    f"{bad:.0f} of {which}{drawn:.0f} samples could not be read, more than "
+                    f"config.data.max_bad={most}{self._last_rejects()}"
+                )
 
     def _last_rejects(self) -> str:
         """The newest reasons, from whichever worker or host wrote them."""
@@ -330,6 +339,33 @@ class Pipeline:
             return ""
         lines = self.rejects.read_text().splitlines()[-3:]
         return f"; see {self.rejects}: " + "; ".join(json.loads(x)["reason"] for x in lines)
+
+
+def _start_worker(*_: int) -> None:
+    """The end of a worker is its parent's affair: not of a signal to all processes of a job, whose
+    last step it would cost, but with the parent, however that ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _of_workers(batches: Any) -> Iterator[HostBatch]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "Worker process" not in str(error):
+            raise
+        raise UserError(
+            f"config.data.workers: {one_line(error)} -9 is most often memory: fewer workers, or "
+            "more memory"
+        ) from error
 
 
 def global_row(i: int, *, rows: int, host: int, hosts: int) -> int:

@@ -304,8 +304,10 @@ class UnpairedImages:
         if isinstance(self._text, TokenShards):
             return self._text.span(int(rng.integers(len(self._text))), count).tolist()
         ids: list[int] = []
-        line = int(rng.integers(len(self._text)))
+        first = line = int(rng.integers(len(self._text)))
         while len(ids) < count:
             ids += self._tokenizer.encode_ordinary(self._text[line])
             line = (line + 1) % len(self._text)
+            if line == first and not ids:
+                raise UserError("config.data.text: no line of it has a token")
         return ids[:count]
