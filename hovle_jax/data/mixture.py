@@ -124,7 +124,7 @@ class Shares:
 
     def __init__(self, weights: Any):
         """`weights`: positive numbers. 0.1 means a tenth, not the float next to it."""
-        exact = [Fraction(w).limit_denominator(10**6) or Fraction(w) for w in weights]
+        exact = [Fraction(str(w)) for w in weights]
         unit = math.lcm(*(w.denominator for w in exact))
         self._sums = [0]  # integers: no rounding however far the stream goes
         for weight in exact:
