@@ -70,8 +70,10 @@ def _usage(message: str) -> int:
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(args.config, rest)
+    from hovle_jax.hosts import connect
     from hovle_jax.train import Preempted, train
 
+    connect(args.coordinator, args.processes, args.process)
     try:
         train(config, args.workdir)
     except Preempted as reason:
@@ -193,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     train.add_argument("--workdir", required=True)
+    coordinator = train.add_argument("--coordinator", default="", metavar="HOST:PORT")
+    coordinator.help = "of several hosts, where neither TPU nor Slurm tells; with the next two"
+    train.add_argument("--processes", type=int, default=1)
+    train.add_argument("--process", type=int, default=0, help="this one, from 0")
 
     cli_plan.add_command(add, load_config)
 

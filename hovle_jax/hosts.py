@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 
 import jax
@@ -13,6 +14,22 @@ from hovle_jax.errors import UserError
 _PREFIX = "hovle/data"
 _STOP = "hovle/stop"
 _runs = itertools.count()  # a process may train more than once
+
+
+def connect(coordinator: str = "", processes: int = 0, process: int = 0) -> None:
+    """Joins the processes of a run; call before anything touches a device.
+
+    On TPU pods, GKE and Slurm jax finds all that it takes by itself; elsewhere say the
+    coordinator's HOST:PORT, the number of processes and which one this is. Alone: does nothing.
+    """
+    if coordinator:
+        jax.distributed.initialize(coordinator, processes, process)
+    elif (
+        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+        or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    ):
+        jax.distributed.initialize()
 
 
 class DataBarrier:
@@ -31,8 +48,8 @@ class DataBarrier:
         self._client = distributed.global_state.client if jax.process_count() > 1 else None
         if jax.process_count() > 1 and self._client is None:
             raise UserError(
-                f"{jax.process_count()} hosts, but nothing connects them: call "
-                "jax.distributed.initialize() before the run"
+                f"{jax.process_count()} hosts, but nothing connects them: give --coordinator, "
+                "--processes and --process, or call hosts.connect() before the run"
             )
 
     def wait(self, step: int, stop: str = "") -> str:

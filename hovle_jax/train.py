@@ -73,6 +73,7 @@ def train(
     if not config.data.tokenizer:
         raise UserError("config.data.tokenizer: needs a tokenizer directory")
     tokenizer = Tokenizer.load(config.data.tokenizer)
+    _check_same_tokenizer(tokenizer, workdir / "tokenizer")
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
     checkpoints = Checkpoints(workdir, config.keep)
@@ -83,7 +84,14 @@ def train(
         step_fn = jit_step(config, mesh)
         index = Path(config.data.index or workdir / "index")
         pipeline = Pipeline(
-            config, stage.data, stage.token_weights, tokenizer, index=index, quiet=quiet
+            config,
+            stage.data,
+            stage.token_weights,
+            tokenizer,
+            index=index,
+            rejects=workdir / "rejects.jsonl",
+            quiet=quiet,
+            workers=config.data.workers,
         )
         teach = teacher_params(config, mesh) if stage.teacher else {}
         state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
@@ -130,6 +138,12 @@ def train(
         return last
 
 
+def _check_same_tokenizer(tokenizer: Tokenizer, saved: Path) -> None:
+    """By its content: it may have moved."""
+    if saved.is_dir() and Tokenizer.load(saved).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"config.data.tokenizer: is not the one this run began with ({saved})")
+
+
 def _check_same_run(config: RunConfig, workdir: Path) -> None:
     """A work directory belongs to one run: the same stage and model, and data its cursor fits."""
     if not (workdir / "config.json").is_file():
@@ -139,6 +153,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         raise UserError(f"{workdir}: is a model directory, not the work directory of a run")
     free = {
         "data.rows",
+        "data.tokenizer",  # checked by its content
         "data.workers",
         "data.index",
         "data.meta",  # the cursor knows its sources by name: another mixture goes on from it

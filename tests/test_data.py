@@ -89,7 +89,9 @@ def make(world, stage: str, index=None, **changes) -> Pipeline:
     config = world.config(stage, **changes)
     row = get_stage(stage)
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    return Pipeline(config, row.data, row.token_weights, tokenizer, index=index, quiet=True)
+    rejects = index / "rejects.jsonl"
+    args = config, row.data, row.token_weights, tokenizer
+    return Pipeline(*args, index=index, rejects=rejects, quiet=True)
 
 
 def take(batches, count: int) -> list:
@@ -342,7 +344,9 @@ def with_bad_images(world, tmp_path):
 
 def pipeline_of(config, index) -> Pipeline:
     row, tokenizer = get_stage(config.stage), Tokenizer.load(config.data.tokenizer)
-    return Pipeline(config, row.data, row.token_weights, tokenizer, index=index, quiet=True)
+    rejects = index / "rejects.jsonl"
+    args = config, row.data, row.token_weights, tokenizer
+    return Pipeline(*args, index=index, rejects=rejects, quiet=True)
 
 
 def samples_of(batches: list) -> list[bytes]:

@@ -10,8 +10,11 @@ import sys
 import jax
 import pytest
 
+from hovle_jax.checkpoint import open_stored
+from hovle_jax.config import to_dict
 from hovle_jax.errors import UserError
 from hovle_jax.hosts import DataBarrier
+from hovle_jax.metrics import read_metrics
 
 SCRIPT = """
 import sys, time, jax
@@ -33,10 +36,14 @@ except UserError as error:
 """
 
 
-def test_a_late_host_is_named():
+def free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+        return str(s.getsockname()[1])
+
+
+def test_a_late_host_is_named():
+    port = free_port()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     first, second = (
         subprocess.Popen(
@@ -63,5 +70,38 @@ def test_a_late_host_is_named():
 def test_hosts_that_cannot_talk_are_refused(monkeypatch):
     """A TPU slice knows its hosts without jax.distributed; the barrier would be none."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="jax.distributed.initialize"):
+    with pytest.raises(UserError, match="--coordinator"):
         DataBarrier(1)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_like_one(world, tmp_path):
+    """`hovle train` as two processes of one device each; starts two interpreters that compile."""
+    config = world.config("instruct", steps=3, mesh__fsdp=-1, init__scratch=True)
+    path = tmp_path / "config.py"
+    path.write_text(
+        "import ml_collections\n"
+        f"def get_config():\n    return ml_collections.ConfigDict({to_dict(config)!r})\n"
+    )
+
+    def run(name: str, processes: int) -> list[dict]:
+        argv = [sys.executable, "-m", "hovle_jax.cli", "train", f"--config={path}"]
+        argv.append(f"--workdir={tmp_path / name}")
+        join = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
+        env = os.environ | {"XLA_FLAGS": ""}
+        started = [
+            subprocess.Popen(argv + [*join, f"--process={i}"] * (processes > 1), env=env)
+            for i in range(processes)
+        ]
+        try:
+            assert [process.wait(300) for process in started] == [0] * processes
+        finally:
+            for process in started:
+                process.kill()
+        return read_metrics(tmp_path / name / "metrics.jsonl")
+
+    one, two = run("one", 1), run("two", 2)
+    assert [r["step"] for r in two] == [1, 2, 3]
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens"] == b["tokens"] and abs(a["loss"] - b["loss"]) < 1e-5
+    assert open_stored(tmp_path / "two").step == 3

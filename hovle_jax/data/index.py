@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hovle_jax.config import DataConfig
+from hovle_jax.data import files
 from hovle_jax.data.samples import SampleSource
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 from hovle_jax.metrics import Progress
 
 
@@ -79,6 +80,8 @@ def lengths_of(
       UserError: more records than config.data.max_bad that cannot be read, or one that no row can
         hold.
     """
+    if directory is not None and files.is_remote(str(directory)):
+        raise UserError(f"config.data.index: {directory} must be local or mounted; it is mapped")
     if directory is None:
         measured = _measure(source, quiet=quiet, most=data.max_bad, workers=workers)
         lengths, bad, cut = Lengths(measured.table), measured.rejects, measured.cut
@@ -86,8 +89,13 @@ def lengths_of(
         path = directory / _file_name(source)
         if not path.is_file():
             _save(path, _measure(source, quiet=quiet, most=data.max_bad, workers=workers))
-        lengths, bad, cut = Lengths(path), *(_read_lines(path, kind) for kind in _LISTS)
+        try:
+            lengths, bad, cut = Lengths(path), *(_read_lines(path, kind) for kind in _LISTS)
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"{path}: damaged ({one_line(e)}); delete it to measure again") from e
     _check_bad(source, bad, data.max_bad)
+    if bad and not quiet:
+        print(f"{source.name}: {len(bad)} records cannot be read and are left out ({bad[0]})")
     if cut and not quiet:
         where = "" if directory is None else f"; all in {path.with_suffix('.cut.jsonl')}"
         print(f"{source.name}: {len(cut)} records are too long for a row ({cut[0]}{where})")

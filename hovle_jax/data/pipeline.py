@@ -214,11 +214,12 @@ class Pipeline:
         tokenizer: Tokenizer,
         *,
         index: Path | None = None,
+        rejects: Path | None = None,
         quiet: bool = False,
         workers: int = 0,
     ):
-        """`index`: directory that keeps lengths and lists bad records, measured by `workers`
-        processes (0: this one)."""
+        """`index`: directory that keeps lengths, measured by `workers` processes (0: this one);
+        `rejects`: file that lists samples which cannot be read."""
         image.self_test()
         self._config, data = config, config.data
         self.read = np.zeros(2, np.int64)  # samples drawn by this host so far, bad ones among them
@@ -230,7 +231,7 @@ class Pipeline:
             lengths_of, data=data, directory=index, quiet=quiet, workers=workers
         )
         self.lengths = [measure(source) for source in self.sources]
-        self.rejects = None if index is None else index / "rejects.jsonl"
+        self.rejects = rejects
         self._reader = functools.partial(
             Reader, config, token_weights, self.sources, self.lengths, rejects=self.rejects
         )
