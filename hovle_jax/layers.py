@@ -147,6 +147,7 @@ def rope_tables(
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.custom_vjp
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [B, S, heads, D] in float32: the first half of D with the second.
 
@@ -160,6 +161,13 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     turned = jnp.matmul(x, turn, precision="highest", preferred_element_type=jnp.float32)
     cos, sin = (jnp.concatenate([t, t], axis=-1)[:, :, None] for t in (cos, sin))
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+# The gradient of a rotation is the rotation back; derived, it would multiply in float32.
+apply_rope.defvjp(
+    lambda x, cos, sin: (apply_rope(x, cos, sin), (cos, sin)),
+    lambda saved, d: (apply_rope(d, saved[0], -saved[1]), None, None),
+)
 
 
 @jax.tree_util.register_dataclass
