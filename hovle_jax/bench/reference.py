@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -51,7 +52,7 @@ class Reference:
         self._code = str(code)
         self._files = tempfile.TemporaryDirectory()
         scratch = Path(self._files.name)
-        with contextlib.redirect_stderr(None):  # progress of the export
+        with contextlib.redirect_stderr(io.StringIO()):  # progress of the export
             save_model(scratch / "native", config.model, params)
             write_directory(scratch / "native", scratch / "hf", ExportOptions())
         np.savez(scratch / "batch.npz", **_arguments(batch))  # type: ignore[arg-type]

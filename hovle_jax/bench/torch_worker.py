@@ -7,6 +7,7 @@ the weights. Every line of standard input, {"work", "steps"}, is answered by one
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -90,7 +91,8 @@ def stand_ins() -> None:
 
     It also stops in the debugger on its only path without flash-attn.
     """
-    import transformers.modeling_utils  # noqa: F401  (looks for flash-attn itself, before ours)
+    # These look for flash-attn themselves, and must not find ours.
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
 
     pdb.set_trace = lambda *args, **kwargs: None
     stand_in("peft", LoraConfig=None, get_peft_model=None)
@@ -105,7 +107,7 @@ def stand_in(name, **members):  # type: ignore[no-untyped-def]
         importlib.import_module(name)
     except ImportError:
         module = types.ModuleType(name, "PyTorch's own fused" if name == "flash_attn" else None)
-        module.__dict__.update(members)
+        module.__dict__.update(members, __spec__=importlib.machinery.ModuleSpec(name, None))
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent and parent in sys.modules:
