@@ -210,8 +210,8 @@ def _reason(message: str) -> str:
     return f"does not compile: {found.group(0).strip() if found else message.splitlines()[0]}"[:300]
 
 
-def model_flops(config: RunConfig) -> float:
-    """Useful matrix FLOPs of one step over the whole batch, without recomputation.
+def model_flops(config: RunConfig, *, backward: bool = True) -> float:
+    """Useful matrix FLOPs of one step (or its forward pass alone), without recomputation.
 
     Forward once, backward twice where weights train and once where gradients only pass through;
     causal attention counts half. Every row is taken as one sequence and every tile as used.
@@ -236,6 +236,8 @@ def model_flops(config: RunConfig) -> float:
         extra = teacher_flops(config)
     else:
         extra = 0.0
+    if not backward:
+        return rows * (sum(forward.values()) + extra)
     trains_decoder = "decoder" in trainable
     passes = {name: 3.0 for name in forward}
     if not trains_decoder:

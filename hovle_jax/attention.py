@@ -6,9 +6,10 @@ A query sees a key when both belong to the same segment and the key's position i
 Positions restart in every segment, so one rule serves packed rows, padding (segment 0) and caches.
 
     xla      softmax over every key; the reference, and what caches use
+    blocks   the same a block of queries at a time over the keys up to its end; whole rows only
     splash   Pallas flash attention on TPU: scores stay on the chip; whole rows only, where a place
              in the row says as much as a position does
-    auto     splash where the program is for TPU, else xla
+    auto     splash where the program is for TPU, blocks for CPU, else xla
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def attend(
 
 def _resolve(implementation: str) -> str:
     if implementation == "auto":
-        return "splash" if platform() == "tpu" else "xla"
+        return {"tpu": "splash", "cpu": "blocks"}.get(platform(), "xla")
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise UserError(f"model.attention: {implementation!r} is not one of {known}")
@@ -66,14 +67,27 @@ def _resolve(implementation: str) -> str:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    b, s, heads, d = q.shape
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+    return checkpoint_name(_softmax(q, k, v, mask), "attention_out")
+
+
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Half the scores are never made, and those of a block fit a CPU's cache."""
+    q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+    length = q.shape[1]
+    block = max(128, -(-length // 8))  # each is compiled: eight at most
+    ends = [(i, min(i + block, length)) for i in range(0, length, block)]
+    parts = [_softmax(q[:, i:j], k[:, :j], v[:, :j], mask[:, i:j, :j]) for i, j in ends]
+    return checkpoint_name(jnp.concatenate(parts, axis=1), "attention_out")
+
+
+def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    b, s, heads, d = q.shape
     grouped = q.reshape(b, s, k.shape[2], heads // k.shape[2], d)
     scores = jnp.einsum("bskgd,bmkd->bkgsm", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * d**-0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgsm,bmkd->bskgd", weights, v).reshape(b, s, heads, d)
-    return checkpoint_name(out, "attention_out")
+    return jnp.einsum("bkgsm,bmkd->bskgd", weights, v).reshape(b, s, heads, d)
 
 
 def _splash(
@@ -100,6 +114,7 @@ def _splash(
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _xla,
+    "blocks": _blocks,
     "splash": _splash,
     "splash_interpret": functools.partial(_splash, interpret=True),  # on CPU, for tests
 }

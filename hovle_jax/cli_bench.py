@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -44,7 +45,44 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     packing.add_argument("--buffer", type=int, default=20, help="open rows of InternVL's packing")
     packing.add_argument("--seed", type=int, default=0)
 
-    for command in (data, packing):
+    steps = [
+        add_command(
+            commands,
+            kind,
+            functools.partial(_steps, kind=kind, load_config=load_config),
+            text,
+            example,
+        )
+        for kind, text, example in (
+            (
+                "train",
+                "A training step in its steady state on the devices that are here: time, MFU.",
+                "hovle bench train --stage distill",
+            ),
+            (
+                "forward",
+                "The loss, and the loss with its gradient: time, MFU; beside PyTorch if asked.",
+                "hovle bench forward --reference mmMamba/hovle --python torch-venv/bin/python",
+            ),
+        )
+    ]
+    for command in steps:
+        command.add_argument("--config", default="", help="FILE.py[:VARIANT]; default: 61.6M")
+        command.add_argument("--stage", default="", help="default: the config's, or instruct")
+        command.add_argument("--rounds", type=int, default=5)
+        command.add_argument("--steps", type=int, default=3, help="of a round")
+        command.add_argument(
+            "--reference", default="", metavar="DIR", help="public PyTorch code, taking turns"
+        )
+        command.add_argument("--python", default="", help="interpreter that runs --reference")
+        command.add_argument(
+            "--attention",
+            choices=("eager", "flash"),
+            default="eager",
+            help="of --reference; flash: PyTorch's fused kernel where flash-attn is missing",
+        )
+
+    for command in (data, packing, *steps):
         command.add_argument("--json", default="", metavar="FILE")
 
 
@@ -66,6 +104,27 @@ def _packing(args: argparse.Namespace, rest: Sequence[str]) -> int:
     limits = (args.samples, args.tokens, args.tiles, args.window)
     report = packing.run_packing(*limits, args.seed, args.buffer)
     return _show(report, packing.packing_text(report), args.json)
+
+
+def _steps(args: argparse.Namespace, rest: list[str], kind: str, load_config: Load) -> int:
+    from hovle_jax.bench import steps
+    from hovle_jax.bench.reference import Reference
+
+    if rest and not args.config:
+        return _unknown(rest)
+    config = load_config(args.config, rest) if args.config else steps.workload()
+    config = dataclasses.replace(config, stage=args.stage or config.stage)
+    reference = functools.partial(
+        Reference, args.reference, python=args.python, attention=args.attention
+    )
+    report = steps.run_steps(
+        kind,
+        config,
+        rounds=args.rounds,
+        steps=args.steps,
+        reference=reference if args.reference else None,
+    )
+    return _show(report, steps.steps_text(report), args.json)
 
 
 def _unknown(rest: Sequence[str]) -> int:

@@ -87,7 +87,7 @@ class ModelConfig:
     # How it is computed, not what: none of these changes a parameter.
     dtype: str = "bfloat16"
     remat: str = "full"  # layers.REMAT_POLICIES
-    attention: str = "auto"  # attention.IMPLEMENTATIONS; auto = splash on TPU, else xla
+    attention: str = "auto"  # attention.IMPLEMENTATIONS; auto: what suits the device
     loss_chunk: int = 512  # tokens per row whose logits exist at one time
 
     def __post_init__(self) -> None:

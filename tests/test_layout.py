@@ -88,6 +88,8 @@ ORDER = [
     "bench.synthetic",
     "bench.demand",
     "bench.data",
+    "bench.reference",
+    "bench.steps",
     "cli_data",
     "cli_bench",
     "cli_plan",
