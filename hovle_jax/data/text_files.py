@@ -11,8 +11,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from etils import epath
-
+from hovle_jax.data import files
 from hovle_jax.data.parquet import import_pyarrow
 from hovle_jax.data.rows import SURROGATE, load_json
 from hovle_jax.errors import UserError, one_line
@@ -51,45 +50,36 @@ def find(inputs: list[str], out: str) -> list[File]:
     Raises:
       UserError: an input without such files, a file named twice, or a package that is missing.
     """
-    files: list[str] = []
+    names: list[str] = []
     for given in inputs:
-        try:
-            found = [name for path in _matches(given) for name in _below(path)]
-        except Exception as e:  # of remote stores
-            raise _unreadable(given, e) from e
-        found = [name for name in found if not _is_inside(name, out)]
+        found = [name for name in _below(given) if not _is_inside(name, out)]
         if not found:
             raise UserError(f"{given}: no {', '.join(SUFFIXES)} file there")
-        files += sorted(found)
-    if not files:
+        names += sorted(found)
+    if not names:
         raise UserError("no text is named")
-    if twice := [name for name, n in collections.Counter(files).items() if n > 1]:
+    if twice := [name for name, n in collections.Counter(names).items() if n > 1]:
         raise UserError(f"{twice[0]}: named twice; name every file once")
     # Fail for want of a package now, not hours later.
     for suffix, load in ((".zst", _zstandard), (".parquet", import_pyarrow)):
-        if any(name.endswith(suffix) for name in files):
+        if any(name.endswith(suffix) for name in names):
             load()
     with concurrent.futures.ThreadPoolExecutor(32) as pool:  # a bucket takes its time for each
-        return list(pool.map(_stat, files))
+        return [
+            File(name, state.size)
+            for name, state in zip(names, pool.map(_state, names), strict=True)
+        ]
 
 
-def _matches(given: str) -> list[epath.Path]:
-    path = epath.Path(given)
-    magic = [n for n, part in enumerate(path.parts) if set("*?[") & set(part)]
-    if path.exists() or not magic:
-        return [path]
-    base = epath.Path(*path.parts[: magic[0]])
-    return list(base.glob("/".join(path.parts[magic[0] :])))
-
-
-def _below(path: epath.Path) -> list[str]:
+def _below(given: str) -> list[str]:
     # For each of many objects in a bucket, is_dir would take too long.
-    if str(path).endswith(SUFFIXES) and not os.path.isdir(path):
-        return [str(path)] if "://" in str(path) or path.exists() else []
-    if not path.is_dir():
-        return []
-    inside = [child for child in path.iterdir() if not os.path.islink(child) or child.is_file()]
-    return [name for child in inside for name in _below(child)]
+    roots = [given] if files.exists(given) else files.matches(given)
+    found: list[str] = []
+    for root in roots:
+        whole = root.endswith(SUFFIXES) and not os.path.isdir(root)
+        found += [root] if whole else files.files_below(root) if files.is_dir(root) else []
+    broken = (name for name in found if os.path.islink(name) and not os.path.exists(name))
+    return sorted(set(name for name in found if name.endswith(SUFFIXES)) - set(broken))
 
 
 def _is_inside(name: str, directory: str) -> bool:
@@ -98,19 +88,14 @@ def _is_inside(name: str, directory: str) -> bool:
     )
 
 
-def _stat(name: str) -> File:
-    try:
-        return File(name, int(epath.Path(name).stat().length))
-    except Exception as e:
-        raise _unreadable(name, e) from e
+def _state(name: str) -> files.State:
+    state = files.state_of(name)
+    if state is None:
+        raise UserError(f"{name}: a directory, not a file of text")
+    return state
 
 
-def _unreadable(where: str, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or one_line(error)
-    return UserError(f"{where}: cannot be read ({reason})")
-
-
-def read(files: list[File], key: str, first: int = 0, after: int = 0) -> Iterator[Batch]:
+def read(texts: list[File], key: str, first: int = 0, after: int = 0) -> Iterator[Batch]:
     """The rows of all files behind row `after` of file number `first`, in order.
 
     A row is a line that is not blank, or the column `key` of a parquet row: its bytes, None for
@@ -119,13 +104,13 @@ def read(files: list[File], key: str, first: int = 0, after: int = 0) -> Iterato
     Raises:
       UserError: a file that is damaged, cut short or cannot be read, or has no such column.
     """
-    before = sum(file.size for file in files[:first])
-    for n, (name, size) in enumerate(files[first:], first):
+    before = sum(file.size for file in texts[:first])
+    for n, (name, size) in enumerate(texts[first:], first):
         rows: list[tuple[int, bytes | None]] = []
         number = weight = 0
         kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
         try:
-            with epath.Path(name).open("rb") as raw:
+            with files.open_file(name) as raw:
                 content = _column(raw, key, name) if kind == "parquet" else _lines(raw, name)
                 for number, row in content:
                     if number <= after:
@@ -139,8 +124,10 @@ def read(files: list[File], key: str, first: int = 0, after: int = 0) -> Iterato
             raise
         except Exception as e:  # each format has kinds of its own for a damaged file
             where = f"{name}, behind row {number}" if number else name
-            reason = str(_unreadable(where, e))
-            raise UserError(f"{reason}; put a good file in its place and continue") from e
+            reason = getattr(e, "strerror", None) or one_line(e)
+            raise UserError(
+                f"{where}: cannot be read ({reason}); put a good file in its place and continue"
+            ) from e
         before, after = before + size, 0
         yield Batch(n, kind, rows, before)
 
