@@ -1,4 +1,4 @@
-"""The Pallas path, interpreted on CPU, gives the numbers of the XLA path."""
+"""The Pallas path, interpreted on CPU, and the CPU's own give the numbers of the XLA path."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ def test_splash_gives_the_numbers_of_xla(reference, monkeypatch, kernels):
         monkeypatch.setattr(flash, "VMEM_FOR_DQ", 0)
     for expected, found in zip(reference, output_and_gradients("splash_interpret"), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_blocks_give_the_numbers_of_xla(reference):
+    for expected, found in zip(reference, output_and_gradients("blocks"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("length, share", [(128, 1.0), (1100, 0.57), (4000, 0.57)])
+def test_blocks_make_no_scores_of_later_keys(length, share):
+    q = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, length, length), bool)
+
+    def flops(implementation: str) -> float:
+        attend = jax.jit(lambda q, mask: attention.attend(q, q, q, mask, implementation))
+        return attend.lower(q, mask).cost_analysis()["flops"]
+
+    assert flops("blocks") == pytest.approx(share * flops("xla"), rel=0.02)
 
 
 def test_blocks_divide_the_length():

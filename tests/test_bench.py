@@ -9,9 +9,9 @@ import json
 import numpy as np
 import pytest
 
-from hovle_jax.bench import data, demand, packing, synthetic
+from hovle_jax.bench import data, demand, packing, reference, steps, synthetic
 from hovle_jax.cli import main
-from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig, to_dict
+from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig, to_dict
 from hovle_jax.data.pack import best_fit
 
 STREAM = packing.synthetic_lengths(6000, seed=0)
@@ -175,3 +175,121 @@ def test_synthetic_data_has_every_kind(tmp_path):
     unpaired = dataclasses.replace(unpaired, data=dataclasses.replace(unpaired.data, window=32))
     first, _ = next(data.open_pipeline(unpaired, tmp_path / "index").batches())
     assert data.contents(first, unpaired.model)[2:4].tolist() == [32, 32]
+
+
+def test_the_default_workload():
+    """Of design and docs: 61.6M parameters in the released tensors, one tile, 1,100 tokens."""
+    config = steps.workload()
+    c = config.model
+    assert round((c.params() + c.text_rows * c.hidden_size) / 1e5) == 616
+    batch = steps.made_up_batch(config)
+    assert batch["input_ids"].shape == (1, 1100) and batch["pixels"].shape == (1, 1, 448, 448, 3)
+    assert (batch["input_ids"] == c.img_context_id).sum() == 256
+
+
+def test_made_up_batches_are_full_and_packed(world, one_line_error, tmp_path):
+    config = world.config("instruct")
+    batch, c = steps.made_up_batch(config), config.model
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in steps.aot.batch_shapes(config).items()
+    }
+    for ids, segments, positions in zip(
+        batch["input_ids"], batch["segment_ids"], batch["position_ids"], strict=True
+    ):
+        starts = np.flatnonzero(positions == 0)
+        assert list(segments[starts]) == [1, 2, 3, 4] and segments.min() == 1
+        assert (ids[starts] == c.bos_id).all()
+        assert (ids == c.img_context_id).sum() == 4 * c.tokens_per_tile
+    answers = batch["labels"] != IGNORE
+    assert (batch["loss_weight"] == answers).all() and 0 < answers.mean() < 1
+    path = config_file(tmp_path, config)
+    error = one_line_error(["bench", "train", f"--config={path}", *MESH, "--config.data.tokens=20"])
+    assert "data.tokens" in error and "4 tiles" in error
+    assert "--steps" in one_line_error(["bench", "train", f"--config={path}", "--steps=0", *MESH])
+
+
+MESH = ("--config.mesh.fsdp=8",)  # all simulated devices
+
+
+def bench_steps(world, tmp_path, kind: str, stage: str, *arguments: str) -> dict:
+    path, out = config_file(tmp_path, world.config(stage)), tmp_path / "out.json"
+    args = ["bench", kind, f"--config={path}", "--rounds=2", "--steps=1", f"--json={out}"]
+    assert main([*args, *MESH, *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    "kind, stage", [("train", "distill"), ("train", "instruct"), ("forward", "align")]
+)
+def test_bench_steps_report(world, tmp_path, capsys, kind, stage):
+    report = bench_steps(world, tmp_path, kind, stage)
+    assert set(report["work"]) == set(steps.WORK[kind])
+    assert report["stage"] == stage and report["reference"] is None
+    assert report["peak_flops"] > 0 and "measured here" in report["peak_flops_from"]
+    for work in report["work"].values():
+        assert len(work["round_seconds"]) == 2 and work["compile_seconds"] > 0
+        seconds = work["step_seconds"]
+        assert seconds == pytest.approx(np.median(work["round_seconds"]))
+        assert work["tokens_per_second"] == pytest.approx(8 * 96 / seconds)
+        expected = work["model_flops"] / seconds / report["peak_flops"] / 8
+        assert work["mfu"] == pytest.approx(expected)
+        assert np.isfinite(work["loss"])
+    if kind == "forward":
+        forward, both = (report["work"][name] for name in steps.WORK[kind])
+        assert forward["loss"] == pytest.approx(both["loss"], abs=1e-6)
+        assert 2 * forward["model_flops"] < both["model_flops"] <= 3 * forward["model_flops"]
+    out = capsys.readouterr().out
+    assert "MFU" in out and "PyTorch" not in out
+
+
+WORKER = """
+import json, sys
+import numpy as np
+code, directory, batch, settings = sys.argv[1:]
+assert json.load(open(directory + "/config.json"))["embedding_config"]["num_hidden_layers"] == 2
+batch = np.load(batch)
+assert batch["pixel_values"].shape == (8, 3, 32, 32) and batch["pixel_values"].min() < 0
+print(json.dumps({"description": "a stand-in"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if LOSS is None:
+        raise RuntimeError("out of luck")
+    print(json.dumps({"seconds": 2.0, "cpu_seconds": 3.0, "loss": LOSS}), flush=True)
+"""
+
+
+def test_bench_takes_turns_with_a_reference(world, tmp_path, monkeypatch, capsys, one_line_error):
+    """The protocol, with a process that only says what it was told to."""
+    loss = bench_steps(world, tmp_path, "train", "instruct", "--config.data.tiles=1")["work"][
+        "train"
+    ]["loss"]
+    worker = tmp_path / "worker.py"
+    monkeypatch.setattr(reference, "WORKER", worker)
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "modeling_internvl_chat.py").touch()
+    arguments = ["--config.data.tiles=1", f"--reference={code}"]
+
+    worker.write_text(WORKER.replace("LOSS", repr(loss + 5e-5)))
+    report = bench_steps(world, tmp_path, "train", "instruct", *arguments)
+    beside = report["work"]["train"]["reference"]
+    assert report["reference"] == "a stand-in" and "PyTorch" in capsys.readouterr().out
+    assert beside["step_seconds"] == 2.0 and beside["cpu_seconds"] == 3.0
+    ours = report["work"]["train"]["round_seconds"]
+    assert beside["ratios"] == pytest.approx([2.0 / seconds for seconds in ours])
+    assert beside["ratio"] == pytest.approx(np.median(beside["ratios"]))
+
+    def error(*more: str, stage: str = "instruct") -> str:
+        path = config_file(tmp_path, world.config(stage))
+        return one_line_error(["bench", "train", f"--config={path}", *MESH, *arguments, *more])
+
+    worker.write_text(WORKER.replace("LOSS", repr(loss + 2e-4)))
+    assert "not the same work" in error()
+    worker.write_text(WORKER.replace("LOSS", "float('nan')"))
+    assert "not the same work" in error()
+    worker.write_text(WORKER.replace("LOSS", "None"))
+    assert "out of luck" in error()
+    assert "packs no samples" in error("--config.data.tiles=2")
+    assert "instruct" in error(stage="align")
+    assert "nowhere" in error("--reference=nowhere")
+    assert "cannot be run" in error("--python=nowhere/python")

@@ -1,4 +1,4 @@
-"""The public PyTorch code of HoVLE beside ours: a process of its own that takes turns with this one."""
+"""The public PyTorch code of HoVLE beside ours: a process that takes turns with this one."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def _check(config: RunConfig, batch: dict[str, np.ndarray]) -> None:
 
 def _arguments(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch as the public code's `forward` takes it; pixels normalised, channels first."""
-    pixels = (batch["pixels"] / np.float32(255) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    mean, std = (np.asarray(x, np.float32) for x in (IMAGE_MEAN, IMAGE_STD))
+    pixels = (batch["pixels"] / np.float32(255) - mean) / std
     return {
         "input_ids": batch["input_ids"].astype(np.int64),
         "labels": batch["labels"].astype(np.int64),
