@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hovle_jax import checkpoint
 from hovle_jax.config import DataConfig, ModelConfig
 from hovle_jax.data.chat import encode_prompt
+from hovle_jax.data.image import open_image
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.engine import Engine, Request, compute_params
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
+from hovle_jax.sampling import Sampling
+from hovle_jax.text_stream import TextStream
+
+GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Question:
 
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...] = ()
+    where: str = "the question"  # opens error messages
 
 
 class Assistant:
@@ -30,9 +37,10 @@ class Assistant:
 
     def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, data: DataConfig):
         check_tokenizer(tokenizer, config)
-        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.config, self.tokenizer = config, tokenizer
+        self.params = compute_params(params, config)
+        self.tiler = Tiler(config, data, None)
         self._template, self._system = get_template(data.template), data.system
-        self._tiler = Tiler(config, data, None)
 
     @classmethod
     def load(cls, directory: str | Path) -> Assistant:
@@ -48,48 +56,160 @@ class Assistant:
         tokenizer = Tokenizer.load(stored.tokenizer)
         return cls(stored.model, params, tokenizer, stored.data or DataConfig())
 
-    def answer(self, questions: Sequence[Question], *, max_new: int = 64) -> list[str]:
-        """Greedy answers to a batch of questions."""
-        prompts, tiles = [], []
-        for question in questions:
-            record = Record(question.turns, question.images, "the question")
-            images = self._tiler.tiles(record)
-            prompts.append(
-                encode_prompt(
-                    question.turns,
-                    [len(t) for t in images],
-                    self.tokenizer,
-                    self._template,
-                    tokens_per_tile=self.config.tokens_per_tile,
-                    system=self._system,
-                )
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.config.im_end_id, self.config.eos_id
+
+    @property
+    def max_tiles(self) -> int:
+        """Tiles of any one image, and of a few: several share the budget, thumbnails come extra."""
+        return self.tiler.max_tiles + 4 * self.tiler.thumbnail
+
+    def engine(self, *, slots: int, context: int, tiles: int = 0, chunk: int = 8) -> Engine:
+        """An engine for requests of at most `context` tokens and `tiles` tiles (default: the
+        model's own limit)."""
+        tiles = tiles or self.max_tiles
+        return Engine(
+            self.params, self.config, slots=slots, capacity=context, tiles=tiles, chunk=chunk
+        )
+
+    def request(self, question: Question, *, max_new: int, sampling: Sampling = GREEDY) -> Request:
+        """Images to tiles and text to ids; UserError names what cannot be read."""
+        record = Record(question.turns, question.images, question.where)
+        images = self.tiler.tiles(record)
+        try:
+            prompt = encode_prompt(
+                question.turns,
+                [len(t) for t in images],
+                self.tokenizer,
+                self._template,
+                tokens_per_tile=self.config.tokens_per_tile,
+                system=self._system,
             )
-            tiles.append(self._tiler.stack(images))
-        out = generate(self.params, self.config, prompts, tiles, max_new=max_new)
+        except UserError as error:
+            raise UserError(f"{question.where}: {error}") from None
+        return Request(prompt, self.tiler.stack(images), max_new, sampling, self.stop_ids)
+
+    def answer(
+        self, questions: Sequence[Question], *, max_new: int = 64, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        """Answers to a batch of questions; greedy unless `sampling` says otherwise."""
+        requests = [self.request(q, max_new=max_new, sampling=sampling) for q in questions]
+        prompts, tiles = [r.prompt for r in requests], [r.tiles for r in requests]
+        out = generate(self.params, self.config, prompts, tiles, max_new=max_new, sampling=sampling)
         return [self.tokenizer.decode(ids).strip() for ids in out]
+
+    def stream(
+        self, engine: Engine, question: Question, *, max_new: int, sampling: Sampling = GREEDY
+    ) -> Iterator[str]:
+        """The pieces of one answer, as they come. Leaving the iterator early cancels the rest."""
+        text = TextStream(self.tokenizer)
+        request = self.request(question, max_new=max_new, sampling=sampling)
+        try:
+            number = engine.submit(request)
+        except UserError as error:
+            raise UserError(f"{question.where}: {error}") from None
+        finish = ""
+        try:
+            while not finish:
+                for progress in engine.step():
+                    finish = progress.finish
+                    yield text.push(progress.tokens)
+            yield text.close()
+        finally:
+            engine.cancel(number)
+
+
+def with_placeholders(text: str, images: int) -> str:
+    """A placeholder per image before the text, unless the text places them itself."""
+    return f"{IMAGE_PLACEHOLDER}\n" * max(images - text.count(IMAGE_PLACEHOLDER), 0) + text
 
 
 def first_question(prompt: str, images: Sequence[str]) -> Question:
-    """Puts a placeholder per image before the text, unless the text places them itself."""
-    missing = len(images) - prompt.count(IMAGE_PLACEHOLDER)
-    text = f"{IMAGE_PLACEHOLDER}\n" * max(missing, 0) + prompt
-    return Question((Turn("user", text),), tuple(images))
+    return Question((Turn("user", with_placeholders(prompt, len(images))),), tuple(images))
 
 
-def interactive(assistant: Assistant, images: Sequence[str], max_new: int) -> None:
-    """A plain terminal chat: each line continues the conversation, an empty line ends it."""
-    turns: list[Turn] = []
+HELP = "/image PATH adds an image to the next question, /reset starts over, an empty line ends"
+CHAT_CONTEXT = 8192  # tokens of prompt and answer
+
+
+class Chat:
+    """One conversation in a terminal: lines in, text out.
+
+    Images wait until the next question, which they are put before.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        images: Sequence[str],
+        max_new: int,
+        sampling: Sampling = GREEDY,
+        write: Callable[[str], Any] = lambda text: print(text, end="", flush=True),
+    ):
+        self._assistant, self._max_new, self._sampling = assistant, max_new, sampling
+        # Every image of a conversation may be tiled by itself, so the limit is the context's.
+        tiles = CHAT_CONTEXT // assistant.config.tokens_per_tile
+        self._engine = assistant.engine(slots=1, context=CHAT_CONTEXT, tiles=tiles, chunk=4)
+        self._write = write
+        self._turns: tuple[Turn, ...] = ()
+        self._images: tuple[str, ...] = ()
+        self._waiting = tuple(images)
+
+    def line(self, line: str) -> bool:
+        """Takes one line; False if it ends the conversation."""
+        command, _, rest = line.strip().partition(" ")
+        if command in ("", "/quit", "/exit"):
+            return False
+        if command == "/reset":
+            self._turns, self._images, self._waiting = (), (), ()
+            self._write("(a new conversation)\n")
+        elif command == "/image":
+            self._add_image(rest.strip())
+        elif command.startswith("/"):
+            self._write(f"{HELP}\n")
+        else:
+            self._ask(line.strip())
+        return True
+
+    def _add_image(self, path: str) -> None:
+        try:
+            size = open_image(path, "/image").size
+        except UserError as error:
+            self._write(f"error: {error}\n")
+            return
+        self._waiting += (path,)
+        self._write(f"({path}: {size[0]} x {size[1]} pixels, with your next question)\n")
+
+    def _ask(self, text: str) -> None:
+        images = (*self._images, *self._waiting)
+        turn = Turn("user", with_placeholders(text, len(self._waiting)))
+        question = Question((*self._turns, turn), images)
+        reply = ""
+        self._write("hovle> ")
+        try:
+            for piece in self._assistant.stream(
+                self._engine, question, max_new=self._max_new, sampling=self._sampling
+            ):
+                self._write(piece)
+                reply += piece
+        except UserError as error:  # the conversation stays as it was before the question
+            self._write(f"error: {error}\n")
+            return
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            self._write(" ...")
+        self._write("\n")
+        self._turns = (*question.turns, Turn("assistant", reply))
+        self._images, self._waiting = images, ()
+
+
+def interactive(chat: Chat) -> None:
+    """Reads lines until the end of input."""
+    print(f"({HELP})")
     while True:
         try:
-            line = input("you> ").strip()
-        except EOFError:
+            if not chat.line(input("you> ")):
+                break
+        except (EOFError, KeyboardInterrupt):
+            print()
             break
-        if not line:
-            break
-        if not turns:
-            question = first_question(line, images)
-        else:
-            question = Question((*turns, Turn("user", line)), tuple(images))
-        reply = assistant.answer([question], max_new=max_new)[0]
-        print(f"hovle> {reply}", flush=True)
-        turns = [*question.turns, Turn("assistant", reply)]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_bench, cli_data, cli_plan
+from hovle_jax import __version__, cli_bench, cli_data, cli_plan, cli_serve
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -152,20 +152,6 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
     return 0 if passed else EXIT_ERROR
 
 
-def _chat(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
-    from hovle_jax.chat import Assistant, first_question, interactive
-
-    assistant = Assistant.load(args.model_dir)
-    if args.prompt is None:
-        interactive(assistant, args.image, args.max_new_tokens)
-    else:
-        question = first_question(args.prompt, args.image)
-        print(assistant.answer([question], max_new=args.max_new_tokens)[0])
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hovle", description="HoVLE in JAX: train, inspect and talk to models."
@@ -266,16 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--live", default="", metavar="HF_DIR", help="run HF_DIR in PyTorch")
 
-    chat = add(
-        "chat",
-        _chat,
-        "Talk to a trained model about images; without --prompt, interactively.",
-        "hovle chat runs/demo/full/instruct --image digit.png --prompt 'Which digit is top-left?'",
-    )
-    chat.add_argument("model_dir", metavar="MODEL_DIR")
-    chat.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH")
-    chat.add_argument("--prompt")
-    chat.add_argument("--max-new-tokens", type=int, default=64)
+    cli_serve.add_commands(commands)
     return parser
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hovle_jax.cli_data import Load, add_command
+from hovle_jax.errors import UserError
 
 
 def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
@@ -82,7 +83,22 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
             help="of --reference; flash: PyTorch's fused kernel where flash-attn is missing",
         )
 
-    for command in (data, packing, *steps):
+    generate = add_command(
+        commands,
+        "generate",
+        _generate,
+        "Seconds of prefill and per token of decoding; without MODEL_DIR, a made-up model.",
+        "hovle bench generate --prompt 1100 --new 32",
+    )
+    generate.add_argument("model_dir", nargs="?", default="", metavar="MODEL_DIR")
+    generate.add_argument("--prompt", type=int, default=1100, help="tokens, image included")
+    generate.add_argument("--new", type=int, default=32, help="tokens")
+    generate.add_argument("--tiles", type=int, default=1, help="of each prompt")
+    generate.add_argument("--batch", type=int, default=1)
+    generate.add_argument("--repeats", type=int, default=5)
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="")
+
+    for command in (data, packing, generate, *steps):
         command.add_argument("--json", default="", metavar="FILE")
 
 
@@ -125,6 +141,21 @@ def _steps(args: argparse.Namespace, rest: list[str], kind: str, load_config: Lo
         reference=reference if args.reference else None,
     )
     return _show(report, steps.steps_text(report), args.json)
+
+
+def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from hovle_jax.bench import generate
+
+    if rest:
+        return _unknown(rest)
+    shape = (args.prompt, args.new, args.tiles, args.batch, args.repeats)
+    for name, value, least in zip(
+        ("prompt", "new", "tiles", "batch", "repeats"), shape, (1, 2, 0, 1, 1), strict=True
+    ):
+        if value < least:
+            raise UserError(f"--{name} must be {least} or more, not {value}")
+    report = generate.run_generate(args.model_dir, *shape, args.dtype)
+    return _show(report, generate.generate_text(report), args.json)
 
 
 def _unknown(rest: Sequence[str]) -> int:

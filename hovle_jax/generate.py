@@ -1,48 +1,18 @@
-"""Greedy decoding: prefill, then one compiled loop over a batch of prompts of different lengths."""
+"""Answers to a batch of prompts of different lengths: one prefill, one compiled loop."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax import model
 from hovle_jax.config import ModelConfig
+from hovle_jax.engine import BUCKET, Engine, Request, bucket
 from hovle_jax.errors import UserError
+from hovle_jax.sampling import Sampling
 
-BUCKET = 64  # prompt lengths are rounded up to multiples of this: few shapes, few compilations
-
-
-@functools.partial(jax.jit, static_argnames=("config", "cache_len", "max_new"))
-def _decode(
-    params: Any, batch: Any, stop_ids: jax.Array, config: ModelConfig, cache_len: int, max_new: int
-) -> jax.Array:
-    """Batch of prompts -> int32 [B, max_new]; pad_id after the first stop token."""
-    scores, cache = model.prefill(params, batch, config, cache_len)
-    rows = scores.shape[0]
-
-    def pick(scores: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-        token = jnp.where(done, config.pad_id, token)
-        return token, done | jnp.any(token[:, None] == stop_ids, axis=-1)
-
-    def unfinished(carry: Any) -> jax.Array:
-        i, _, done, _, _ = carry
-        return (i < max_new) & ~jnp.all(done)
-
-    def step(carry: Any) -> Any:
-        i, token, done, out, cache = carry
-        scores, cache = model.decode_step(params, token, cache, config)
-        token, done = pick(scores, done)
-        return i + 1, token, done, out.at[:, i].set(token), cache
-
-    token, done = pick(scores, jnp.zeros(rows, bool))
-    out = jnp.full((rows, max_new), config.pad_id, jnp.int32).at[:, 0].set(token)
-    return jax.lax.while_loop(unfinished, step, (1, token, done, out, cache))[3]
+STREAM_CHUNK = 8  # tokens of a row between two calls of `on_tokens`
 
 
 def generate(
@@ -53,41 +23,40 @@ def generate(
     *,
     max_new: int,
     stop_ids: Sequence[int] | None = None,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
+    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers, without the stop token that ended them.
+    """Answers, without the stop token that ended them; greedy unless `sampling` says otherwise.
 
     prompts: int32 [n_i] each. tiles: uint8 [t_i, H, W, 3] each, in order of appearance (float32
-    ones count as normalised). stop_ids: default `<|im_end|>` and the end of text. Rows do not
-    influence each other.
+    ones count as normalised). stop_ids: default `<|im_end|>` and the end of text. sampling: of all
+    rows, or one for each. on_tokens: called with a row's index and its new tokens as they come.
+    Rows do not influence each other.
     """
-    stop = list(stop_ids if stop_ids is not None else (config.im_end_id, config.eos_id))
-    for i, (prompt, pixels) in enumerate(zip(prompts, tiles, strict=True)):
-        if pixels.dtype != tiles[0].dtype or pixels.dtype not in (np.uint8, np.float32):
-            raise UserError(f"prompt {i}: tiles must be uint8 or all float32, not {pixels.dtype}")
-        places = int(np.sum(prompt == config.img_context_id))
-        if places != len(pixels) * config.tokens_per_tile:
-            raise UserError(
-                f"prompt {i}: {places} image tokens for {len(pixels)} tiles of "
-                f"{config.tokens_per_tile}"
-            )
-    longest = max(len(p) for p in prompts)
-    length = -(-longest // BUCKET) * BUCKET
-    count = max(len(t) for t in tiles)
-    size = config.image_size
-    ids = np.full((len(prompts), length), config.pad_id, np.int32)
-    batch: dict[str, Any] = {"input_ids": ids, "segment_ids": np.zeros_like(ids)}
-    if count:
-        batch["pixels"] = np.zeros((len(prompts), count, size, size, 3), tiles[0].dtype)
-    for i, (prompt, pixels) in enumerate(zip(prompts, tiles, strict=True)):
-        ids[i, : len(prompt)] = prompt
-        batch["segment_ids"][i, : len(prompt)] = 1
-        if count:
-            batch["pixels"][i, : len(pixels)] = pixels
-    stops = jnp.array(stop, jnp.int32)
-    out = np.asarray(_decode(params, batch, stops, config, length + max_new, max_new))
-    return [_until_stop(row, stop) for row in out.tolist()]
-
-
-def _until_stop(row: list[int], stop: Sequence[int]) -> list[int]:
-    ends = [i for i, token in enumerate(row) if token in stop]
-    return row[: ends[0]] if ends else row
+    stop = tuple(stop_ids if stop_ids is not None else (config.im_end_id, config.eos_id))
+    settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    length = bucket(max(len(p) for p in prompts), BUCKET)
+    most = max(len(t) for t in tiles)
+    engine = Engine(
+        params,
+        config,
+        slots=len(prompts),
+        capacity=length + max_new,
+        tiles=most,
+        chunk=STREAM_CHUNK if on_tokens else max_new,
+        stops=len(stop),
+        floor=(length, most),
+    )
+    out: dict[int, list[int]] = {}
+    for i, (prompt, pixels, own) in enumerate(zip(prompts, tiles, settings, strict=True)):
+        try:
+            out[engine.submit(Request(prompt, pixels, max_new, own, stop))] = []
+        except UserError as error:
+            raise UserError(f"prompt {i}: {error}") from None
+    row = {number: i for i, number in enumerate(out)}
+    while engine.waiting or engine.running:
+        for progress in engine.step():
+            out[progress.number] += progress.tokens
+            if on_tokens and progress.tokens:
+                on_tokens(row[progress.number], progress.tokens)
+    return list(out.values())

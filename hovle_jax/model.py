@@ -104,9 +104,9 @@ class HoVLE(nn.Module):
     def extend(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Text ids [B, S] appended to a cache -> (hidden [B, S, E], the cache, extended)."""
         # One text token is one place in either stream, whatever came before it.
-        stream, inputs = _cached_inputs(ids, "embedding", self.config.embedding, cache)
+        stream, inputs = cached_inputs(ids, self.config.embedding, *_growth(cache, "embedding"))
         x, e = self.embedding(stream, stream, inputs, None, cache["embedding"])
-        _, inputs = _cached_inputs(ids, "decoder", self.config.decoder, cache)
+        _, inputs = cached_inputs(ids, self.config.decoder, *_growth(cache, "decoder"))
         hidden, d = self.decoder(x, inputs, cache["decoder"])
         lengths = {k: v + ids.shape[1] for k, v in cache["lengths"].items()}
         return hidden, {"embedding": e["cache"], "decoder": d["cache"], "lengths": lengths}
@@ -151,11 +151,17 @@ def _segment_lengths(stream: Stream) -> jax.Array:
     return jax.vmap(row)(stream.segment_ids, stream.position_ids)
 
 
-def _cached_inputs(
-    ids: jax.Array, stack: str, config: LayersConfig, cache: Cache
+def _growth(cache: Cache, stack: str) -> tuple[jax.Array, int]:
+    return cache["lengths"][stack], cache[stack]["k"].shape[2]
+
+
+def cached_inputs(
+    ids: jax.Array, config: LayersConfig, starts: jax.Array, capacity: int
 ) -> tuple[Stream, LayerInputs]:
-    """A cache slot is its token's position, so 'not later' also hides slots not yet written."""
-    starts, capacity = cache["lengths"][stack], cache[stack]["k"].shape[2]
+    """What a stack's layers need for text ids [B, S] after `starts` [B] tokens in a cache.
+
+    A cache slot is its token's position, so 'not later' also hides slots not yet written.
+    """
     positions = starts[:, None] + jnp.arange(ids.shape[1])
     stream = short_stream(ids, jnp.ones_like(ids), positions)
     slots = jnp.broadcast_to(jnp.arange(capacity), (ids.shape[0], capacity))

@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax import model, teacher
+import hovle_jax
+from hovle_jax import engine, model, teacher
 from hovle_jax.checkpoint import save_model
 from hovle_jax.config import (
     DataConfig,
@@ -34,6 +36,7 @@ from tests import small
 LAYERS = dataclasses.replace(
     small.LAYERS, intermediate_size=64, max_positions=32768, initializer_range=0.1
 )
+RELEASE = Path(__file__).parent / "golden" / "hovle" / "a_pre"
 COLOURS = ("red", "green", "blue", "white")
 
 
@@ -144,6 +147,34 @@ def write_meta(root: Path, rows: list[dict], name: str = "meta.json") -> Path:
     entry = {"root": "images", "annotation": annotation, "data_augment": False, "repeat_time": 1}
     (root / name).write_text(json.dumps({"colours": entry | {"length": len(rows)}}))
     return root / name
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded checkpoint with a tokenizer whose added tokens fall on the model's ids."""
+    root = tmp_path_factory.mktemp("release") / "model"
+    shutil.copytree(RELEASE, root)
+    lines = [Path(hovle_jax.__file__).with_name("stages.py").read_text()]
+    assert train_tokenizer(lines, root, 298).id_of(IM_END) == 298
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 60, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(root.parent / "image.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def quick_compilation() -> None:
+    """Compiles the engine without optimisation: its tests are all compilation, with many shapes."""
+    for name, static in (
+        ("_prefill", ("room", "drawn")),
+        ("_decode", ("chunk", "windows", "drawn")),
+    ):
+        quick = jax.jit(
+            getattr(engine, name).__wrapped__,
+            static_argnames=("config", *static),
+            donate_argnames="state",
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+        setattr(engine, name, quick)
 
 
 @pytest.fixture

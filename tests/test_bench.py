@@ -9,10 +9,11 @@ import json
 import numpy as np
 import pytest
 
-from hovle_jax.bench import data, demand, packing, reference, steps, synthetic
+from hovle_jax.bench import data, demand, generate, packing, reference, steps, synthetic
 from hovle_jax.cli import main
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig, to_dict
 from hovle_jax.data.pack import best_fit
+from tests import small
 
 STREAM = packing.synthetic_lengths(6000, seed=0)
 TOKENS = 8192
@@ -293,3 +294,30 @@ def test_bench_takes_turns_with_a_reference(world, tmp_path, monkeypatch, capsys
     assert "instruct" in error(stage="align")
     assert "nowhere" in error("--reference=nowhere")
     assert "cannot be run" in error("--python=nowhere/python")
+
+
+def test_bench_generate(tmp_path, capsys, monkeypatch, one_line_error):
+    """Every key of the contract, of a made-up model."""
+    monkeypatch.setattr(generate, "DEFAULT", small.PRE)
+    out = tmp_path / "report.json"
+    argv = ["bench", "generate", "--prompt", "30", "--new", "4", "--batch", "2", "--repeats", "1"]
+    assert main([*argv, "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    workload = report["workload"]
+    assert workload["parameters"] == small.PRE.params() and workload["new_tokens"] == 4
+    assert report["decode_seconds_per_token"] > 0 and report["prefill_seconds"] > 0
+    rate = 2 / report["decode_seconds_per_token"]
+    assert report["decode_tokens_per_second"] == pytest.approx(rate)
+    assert report["prefill_tokens_per_second"] == pytest.approx(60 / report["prefill_seconds"])
+    assert "ms a token" in capsys.readouterr().out
+    assert "--new must be 2 or more" in one_line_error([*argv, "--new", "1"])
+    assert "1 tiles alone take 7 tokens" in one_line_error([*argv, "--prompt", "6"])
+
+
+def test_the_default_workload_is_the_documented_one():
+    """61.6M in the released tensors, which hold an input table of the LLM that nothing reads."""
+    config = generate.DEFAULT
+    unread = config.vocab_size * config.hidden_size
+    assert round((config.params() + unread) / 1e6, 1) == 61.6
+    assert (config.embedding.num_layers, config.decoder.num_layers) == (4, 8)
+    assert config.tokens_per_tile == 256 and config.dtype == "float32"

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
-import numpy as np
 import pytest
-from PIL import Image
 
 import hovle_jax
-from hovle_jax.chat import Assistant, first_question
+from hovle_jax.chat import Assistant, Chat, Question, first_question, interactive
 from hovle_jax.cli import main
-from hovle_jax.data.tokenizer import IM_END, train_tokenizer
+from hovle_jax.data.records import Turn
 
-RELEASE = Path(__file__).parent / "golden" / "hovle" / "a_pre"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    """The recorded checkpoint with a tokenizer whose added tokens fall on the model's ids."""
-    root = tmp_path_factory.mktemp("release") / "model"
-    shutil.copytree(RELEASE, root)
-    lines = [Path(hovle_jax.__file__).with_name("stages.py").read_text()]
-    assert train_tokenizer(lines, root, 298).id_of(IM_END) == 298
-    pixels = np.random.default_rng(0).integers(0, 256, (120, 60, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(root.parent / "image.png")
-    return root
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_load_gives_config_and_parameters(release):
@@ -44,3 +27,94 @@ def test_a_release_answers(release, capsys):
     asked = assistant.answer([first_question("a b", [image])], max_new=6)[0]
     assert spoken == asked.strip()
     assert asked != assistant.answer([first_question("a b", [])], max_new=6)[0]
+
+
+# The terminal
+
+
+@pytest.fixture
+def chat(release):
+    """(a conversation with a release, what it has written so far)."""
+    assistant = Assistant.load(release)
+    written: list[str] = []
+    return Chat(assistant, [], 6, write=written.append), written, assistant
+
+
+def reply(written: list[str]) -> str:
+    """The answer of the last line, from its pieces."""
+    text = "".join(written)
+    written.clear()
+    assert text.startswith("hovle> ") and text.endswith("\n")
+    return text.removeprefix("hovle> ").removesuffix("\n")
+
+
+def test_a_conversation(chat, release):
+    """History, two images and starting over: each answer is the one to the whole conversation."""
+    talk, written, assistant = chat
+    image = str(release.parent / "image.png")
+    assert talk.line("a b")
+    turns = (Turn("user", "a b"),)
+    first = reply(written)
+    assert first == assistant.answer([Question(turns)], max_new=6)[0]
+    assert talk.line(f"/image {image}") and talk.line(f"/image {image}")
+    assert "".join(written).count("60 x 120 pixels") == 2
+    written.clear()
+    assert talk.line("which")
+    turns = (*turns, Turn("assistant", first), Turn("user", "<image>\n<image>\nwhich"))
+    second = reply(written)
+    assert second == assistant.answer([Question(turns, (image, image))], max_new=6)[0]
+    assert talk.line("and now")
+    turns = (*turns, Turn("assistant", second), Turn("user", "and now"))
+    assert reply(written) == assistant.answer([Question(turns, (image, image))], max_new=6)[0]
+    assert talk.line("/reset")
+    written.clear()
+    assert talk.line("a b") and reply(written) == first
+    assert not talk.line("")
+
+
+def test_mistakes_do_not_end_a_conversation(chat):
+    talk, written, _ = chat
+    assert talk.line("a b")
+    first = reply(written)
+    for line, message in (
+        ("/image no.png", "error: /image: image file not found: no.png"),
+        ("/imagine", "/image PATH adds"),
+        ("<image>", "error: the question: 1 '<image>' in user turns but 0 images"),
+        ("word " * 9000, "more than the context of 8192"),
+    ):
+        assert talk.line(line)
+        assert message in "".join(written)
+        written.clear()
+    assert talk.line("/reset")
+    written.clear()
+    assert talk.line("a b") and reply(written) == first
+
+
+def test_an_interrupted_answer_is_part_of_the_conversation(chat):
+    talk, written, assistant = chat
+    pieces = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        pieces.append(text)
+        if len(pieces) == 3:  # "hovle> ", the first piece, the second
+            raise KeyboardInterrupt
+
+    talk._write = write
+    assert talk.line("a b")
+    assert "".join(written).endswith(" ...\n")
+    assert not talk._engine.running
+    talk._write = written.append
+    written.clear()
+    turns = (Turn("user", "a b"), Turn("assistant", pieces[1]), Turn("user", "and now"))
+    assert talk.line("and now")
+    assert reply(written) == assistant.answer([Question(turns)], max_new=6)[0]
+
+
+def test_interactive_reads_lines(chat, monkeypatch, capsys):
+    talk, written, _ = chat
+    lines = iter(["a b", "", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    interactive(talk)
+    assert len("".join(written).splitlines()) == 1
+    assert "/reset" in capsys.readouterr().out and next(lines) == "never read"

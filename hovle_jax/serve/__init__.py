@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: protocol, the engine's thread, the application."""
