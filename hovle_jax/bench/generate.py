@@ -14,31 +14,13 @@ import jax
 import numpy as np
 
 from hovle_jax import checkpoint, model
-from hovle_jax.config import LayersConfig, ModelConfig
+from hovle_jax.bench.steps import workload
+from hovle_jax.config import ModelConfig
 from hovle_jax.engine import Engine, Request
 from hovle_jax.errors import UserError
 from hovle_jax.tree import flatten
 
-_LAYERS = LayersConfig(
-    num_layers=4,
-    hidden_size=512,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=64,
-    intermediate_size=2048,
-)
-# Large enough for memory to set the pace, small enough for a laptop: 61.6M parameters.
-DEFAULT = ModelConfig(
-    name="bench",
-    vocab_size=8000,
-    embedding=_LAYERS,
-    decoder=dataclasses.replace(_LAYERS, num_layers=8),
-    im_end_id=7992,
-    img_start_id=7994,
-    img_end_id=7995,
-    img_context_id=7996,
-    dtype="float32",
-)
+DEFAULT = workload().model  # 61.6M parameters: large enough for memory to set the pace
 
 
 def run_generate(
