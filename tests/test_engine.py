@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
-from hovle_jax.decode import restack
+from hovle_jax.decode import STACKS, decode_step, restack, unstack
 from hovle_jax.engine import Engine, Request, bucket, compute_params
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
@@ -32,6 +32,12 @@ def params_of(loc: str):
     head = params["decoder"]["head"]
     head["kernel"] = head["kernel"].at[:, PRE.img_context_id].set(0)
     return params
+
+
+@functools.cache
+def params_of_one():
+    """Of a model with one layer in each stack."""
+    return model.init(jax.random.key(4), dataclasses.replace(PRE, decoder=ONE))
 
 
 def request(seed: int, tiles: int, new: int, text: int = 9, **changes) -> Request:
@@ -210,3 +216,57 @@ def test_buckets():
     sizes = [bucket(n, 64) for n in range(1, 5000)]
     assert all(n <= size < 1.25 * n + 64 for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 25
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalize_embeddings": True},
+        {"vocab_size": 97, "table_rows": 91, "special_tokens": 6},
+        {"decoder": dataclasses.replace(LAYERS, rope_scaling="dynamic", rope_factor=2.0)},
+        {"embedding": dataclasses.replace(LAYERS, qkv_bias=True, out_bias=True)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_layers_apart_equal_layers_stacked(changes):
+    """One step of both, after a prompt, where the model has parts that most have not."""
+    config = dataclasses.replace(PRE, **changes)
+    params = model.init(jax.random.key(2), config)
+    size = 640 if config.decoder.rope_scaling == "dynamic" else 32  # past max_positions
+    ids = np.array([request(1, 0, 1).prompt, request(2, 0, 1).prompt], np.int32)
+    _, cache = model.prefill(params, {"input_ids": ids}, config, size)
+    apart = {
+        name: tuple({k: x[i] for k, x in cache[name].items()} for i in range(len(cache[name]["k"])))
+        for name in STACKS
+    } | {"lengths": cache["lengths"]}
+    token = np.array([5, 95], np.int32)
+    expected, grown = model.decode_step(params, token, cache, config)
+    got, also = decode_step(unstack(params), token, apart, config)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert np.abs(np.asarray(expected)).max() > 0.1
+    for name in STACKS:
+        assert also["lengths"][name].tolist() == grown["lengths"][name].tolist()
+        for i, layer in enumerate(also[name]):
+            np.testing.assert_allclose(layer["k"], grown[name]["k"][i], atol=1e-5)
+
+
+def test_dynamic_scaling_past_its_limit():
+    """Rotations are those of the engine's context, in prefill, decoding and any company."""
+    layers = dataclasses.replace(ONE, rope_scaling="dynamic", rope_factor=2.0, max_positions=64)
+    config = dataclasses.replace(PRE, embedding=layers, decoder=layers)
+    one, other = request(1, 1, 8), request(2, 2, 8, text=30)
+    engine = Engine(params_of_one(), config, **SHARED)
+    alone = run(engine, [one])[0]
+    assert run(engine, [other, one])[1] == alone
+    prefill = functools.partial(model.prefill, config=config, cache_len=128)
+    scores, cache = prefill(
+        params_of_one(), {"input_ids": one.prompt[None], "pixels": one.tiles[None]}
+    )
+    expected = []
+    for _ in range(8):
+        expected.append(int(scores.argmax()))
+        token = np.array(expected[-1:], np.int32)
+        scores, cache = model.decode_step(params_of_one(), token, cache, config)
+    assert alone == (expected, "length")
+    plain = Engine(params_of_one(), config, **SHARED | {"capacity": 64, "floor": (64, 2)})
+    assert run(plain, [one])[0] != alone
