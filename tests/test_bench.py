@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from hovle_jax import model
 from hovle_jax.bench import data, demand, generate, packing, reference, steps, synthetic
 from hovle_jax.cli import main
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig, to_dict
@@ -260,10 +262,12 @@ for line in sys.stdin:
 
 
 def test_bench_takes_turns_with_a_reference(world, tmp_path, monkeypatch, capsys, one_line_error):
-    """The protocol, with a process that only says what it was told to."""
-    loss = bench_steps(world, tmp_path, "train", "instruct", "--config.data.tiles=1")["work"][
-        "train"
-    ]["loss"]
+    """The protocol, with a process and a program that only say what they were told to."""
+    loss = 4.5
+    made = {"train": steps.Program(lambda: loss, 1e9, 0.1, None)}
+    monkeypatch.setattr(steps, "programs", lambda *args: made)
+    params = model.init(jax.random.key(0), world.model)
+    monkeypatch.setattr(steps, "initial_params", lambda *args: params)
     worker = tmp_path / "worker.py"
     monkeypatch.setattr(reference, "WORKER", worker)
     code = tmp_path / "code"
