@@ -1,15 +1,21 @@
 """Eight simulated devices for every test; a small model; no accelerator, no network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Processes that tests start compile what this one compiled already.
+_cache = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 

@@ -20,7 +20,9 @@ from hovle_jax.stages import get_stage
 from hovle_jax.tree import split
 
 
-@pytest.mark.parametrize("name", ["distill", "align", "instruct"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("distill", marks=pytest.mark.slow), "align", "instruct"]
+)
 def test_the_planned_program_is_the_one_that_trains(world, name):
     """Lowered from real arrays, as `train` calls it, and from shapes, as `plan` does."""
     config = world.config(name, init__scratch=True, mesh=MeshConfig(2, 2, 2))

@@ -222,7 +222,12 @@ def bench_steps(world, tmp_path, kind: str, stage: str, *arguments: str) -> dict
 
 
 @pytest.mark.parametrize(
-    "kind, stage", [("train", "distill"), ("train", "instruct"), ("forward", "align")]
+    "kind, stage",
+    [
+        pytest.param("train", "distill", marks=pytest.mark.slow),  # a minute of compiling
+        ("train", "instruct"),
+        ("forward", "align"),
+    ],
 )
 def test_bench_steps_report(world, tmp_path, capsys, kind, stage):
     report = bench_steps(world, tmp_path, kind, stage)

@@ -86,12 +86,7 @@ def test_assembled_rows_restart_positions_and_weigh_answers():
 
 
 def make(world, stage: str, index=None, **changes) -> Pipeline:
-    config = world.config(stage, **changes)
-    row = get_stage(stage)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    rejects = index / "rejects.jsonl"
-    args = config, row.data, row.token_weights, tokenizer
-    return Pipeline(*args, index=index, rejects=rejects, quiet=True)
+    return pipeline_of(world.config(stage, **changes), index)
 
 
 def take(batches, count: int) -> list:
@@ -344,7 +339,7 @@ def with_bad_images(world, tmp_path):
 
 def pipeline_of(config, index) -> Pipeline:
     row, tokenizer = get_stage(config.stage), Tokenizer.load(config.data.tokenizer)
-    rejects = index / "rejects.jsonl"
+    rejects = index / "rejects.jsonl" if index else None
     args = config, row.data, row.token_weights, tokenizer
     return Pipeline(*args, index=index, rejects=rejects, quiet=True)
 
