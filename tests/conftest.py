@@ -1,6 +1,5 @@
 """Eight simulated devices for every test; a small model; no accelerator, no network."""
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -9,10 +8,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Processes that tests start compile what this one compiled already.
-_cache = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
+# Processes that tests start need not compile what this one compiled already.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", ""
+) or tempfile.mkdtemp(prefix="hovle-tests-")
 
 import dataclasses
 import json
@@ -44,6 +43,11 @@ LAYERS = dataclasses.replace(
 )
 RELEASE = Path(__file__).parent / "golden" / "hovle" / "a_pre"
 COLOURS = ("red", "green", "blue", "white")
+
+
+def pytest_sessionfinish() -> None:
+    if "hovle-tests-" in (cache := os.environ["JAX_COMPILATION_CACHE_DIR"]):
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
