@@ -20,6 +20,7 @@ from hovle_jax.attention import attend
 from hovle_jax.config import TeacherConfig
 from hovle_jax.embedding import normalize_pixels, patchify, pixel_shuffle, resize_positions
 from hovle_jax.layers import Linear, RMSNorm, axis_names, named
+from hovle_jax.sharding import constrain
 
 MLP1_EPS = 1e-5  # torch's LayerNorm default, whatever the tower's own epsilon is
 
@@ -75,11 +76,12 @@ class TeacherLayer(nn.Module):
         y = Linear(
             (c.intermediate_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1"
         )(y)
-        y = jax.nn.gelu(y, approximate=False)
+        y = jax.nn.gelu(constrain(y, "batch", "length", "mlp"), approximate=False)
         y = Linear((c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2")(
             y
         )
-        return x + LayerScale(name="ls2")(y), None
+        # Left alone, the compiler keeps the weights split and sums activations over all devices.
+        return constrain(x + LayerScale(name="ls2")(y), "batch", "length", "act_embed"), None
 
 
 class Teacher(nn.Module):
@@ -99,6 +101,7 @@ class Teacher(nn.Module):
         positions = jnp.concatenate([table[:1], resize_positions(table[1:], grid)])
         cls = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
         x = jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
+        x = constrain(x, "batch", "length", "act_embed")
         layers = nn.scan(
             TeacherLayer,
             variable_axes={"params": 0},

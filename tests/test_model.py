@@ -260,7 +260,7 @@ def test_wrong_number_of_image_tokens(tiles):
     good = sample(1, tiles=1)
     message = f"prompt 1: 8 image tokens for {tiles} tiles"
     with pytest.raises(UserError, match=message):
-        generate({}, PRE, [good[0], ids], [good[1], pixels], max_new=1)
+        generate(params_of("pre"), PRE, [good[0], ids], [good[1], pixels], max_new=1)
 
 
 # Pixels
