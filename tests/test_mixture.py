@@ -106,6 +106,12 @@ def test_a_changed_mixture_goes_on_from_every_sources_place():
     old = Stream(["a", "b"], first, 1)
     stored = json.loads(json.dumps([vars(phase) for phase in first]))
     assert phases_from(stored, sizes, {"a": 5.0, "b": 2.0}, 64) == first
+    turned = [
+        {k: dict(reversed(v.items())) if isinstance(v, dict) else v for k, v in p.items()}
+        for p in stored
+    ]
+    other = Stream(["b", "a"], phases_from(turned, {"b": 20, "a": 50}, {"b": 2.0, "a": 5.0}, 64), 1)
+    assert [other[n].record for n in range(99)] == [old[n].record for n in range(99)], "no order"
     now = {"b": 20, "new": 9, "a": 50}
     second = phases_from(stored, now, {"b": 2.0, "new": 9.0, "a": 1.0}, 64)
     stream = Stream(list(now), second, 1)

@@ -53,8 +53,12 @@ class Stream:
         """`names` number the sources; phases may know others, whose samples cannot be drawn."""
         self.phases = list(phases)
         self._starts = [phase.start for phase in phases]
-        self._shares = [Shares(phase.weights.values()) for phase in phases]
-        self._sources = [list(phase.sizes) for phase in phases]
+        # By name: neither the order in meta.json nor that of a stored dict may matter.
+        self._sources = [sorted(phase.sizes) for phase in phases]
+        self._shares = [
+            Shares(phase.weights[name] for name in names)
+            for phase, names in zip(phases, self._sources, strict=True)
+        ]
         self._number = {name: i for i, name in enumerate(names)}
         self._orders = {
             name: Shuffled(size, zlib.crc32(f"{seed} {name}".encode()))
@@ -182,7 +186,7 @@ def phases_from(
     if not phases:
         return [Phase(0, sizes, weights, {})]
     last = phases[-1]
-    if list(last.sizes.items()) == list(sizes.items()) and last.weights == weights:
+    if last.sizes == sizes and last.weights == weights:
         return phases
     drawn = Stream(list(before), phases, seed=0).drawn(place)
     gone = {name: size for name, size in before.items() if name not in sizes}
