@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import sharding, train_step
+from hovle_jax import sharding, teacher, train_step
 from hovle_jax.config import MeshConfig
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.stages import get_stage
 from hovle_jax.tree import flatten, split
+from tests.conftest import TEACHER
 
 MESHES = {
     "data": MeshConfig(8, 1, 1),
@@ -88,3 +89,19 @@ def test_an_axis_that_does_not_divide_stays_whole():
 def test_a_mesh_that_does_not_fit_is_an_error(sizes):
     with pytest.raises(UserError, match="mesh"):
         sharding.make_mesh(MeshConfig(*sizes))
+
+
+def test_the_teacher_gathers_weights_and_sums_no_activations():
+    """Its rows stay on their devices: left to the compiler, every layer's activations are summed
+    over all devices, which once took most of stage I's time."""
+    mesh = sharding.make_mesh(MeshConfig(1, 8, 1), jax.devices())
+    with jax.set_mesh(mesh):
+        shapes = teacher.abstract_params(TEACHER)
+        where = sharding.tree_shardings(teacher.param_axes(TEACHER), shapes, mesh)
+        features = jax.jit(
+            lambda params, pixels: teacher.apply(params, pixels, TEACHER)["features"],
+            in_shardings=(where, sharding.batch_sharding(mesh)),
+        )
+        pixels = jax.ShapeDtypeStruct((8, 4, 32, 32, 3), np.uint8)
+        program = features.lower(shapes, pixels).compile().as_text()
+    assert " all-gather(" in program and " all-reduce(" not in program
