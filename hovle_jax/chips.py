@@ -105,8 +105,3 @@ def compiler_options(device_kind: str) -> dict[str, str | bool]:
     """For `jax.jit(compiler_options=...)`, by `jax.Device.device_kind`; none for other devices."""
     found = (chip.name for chip in CHIPS.values() if chip.kind == device_kind)
     return {option.name: option.value for name in found for option in OPTIONS[name]}
-
-
-def libtpu_flags(chip: Chip) -> str:
-    """The same for a launch script: LIBTPU_INIT_ARGS."""
-    return " ".join(f"--{option.name}={option.value}" for option in OPTIONS[chip.name])
