@@ -254,6 +254,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    moments: str = "float32"  # as held: float32 | bfloat16 | int8 (the first; the second bfloat16)
     clip_norm: float = 1.0  # 0 = off
     accumulate: int = 1  # micro-batches per step
     skip_nonfinite: bool = True  # leave the state alone when loss or gradient is not finite
@@ -264,6 +265,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        _one_of("optim.moments", self.moments, ("float32", "bfloat16", "int8"))
+        if self.moments != "float32" and self.b2 > 0.99:
+            raise UserError(
+                f"optim.moments={self.moments!r} needs optim.b2 of at most 0.99: bfloat16 does not "
+                f"see a second moment change by {1 - self.b2:.2g} of itself"
+            )
 
 
 @dataclass(frozen=True)

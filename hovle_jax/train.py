@@ -6,6 +6,7 @@ mesh -> shapes -> shardings -> restore or initialise -> (batch -> step -> metric
 from __future__ import annotations
 
 import contextlib
+import operator
 import signal
 import sys
 import time
@@ -166,8 +167,9 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.attention",
         "model.loss_chunk",
     }
-    for name in ("stage", "model", "trainable", "seed", "data"):
-        old, new = (flatten({name: to_dict(getattr(c, name))}, ".") for c in (stored, config))
+    for name in ("stage", "model", "trainable", "seed", "data", "optim.moments"):
+        look = operator.attrgetter(name)
+        old, new = (flatten({name: to_dict(look(c))}, ".") for c in (stored, config))
         changed = sorted(k for k in new if old[k] != new[k] and k not in free)
         if changed:
             raise UserError(
@@ -195,7 +197,8 @@ def _start(
     params = initial_params(config, stage, mesh)
     trainable, frozen = split(params, trainable_regex(config))
     if frozen:
-        write_tree(workdir / "frozen", frozen)
+        write_tree(workdir / "frozen", frozen)  # as given; in memory as computed with
+        frozen = jax.tree.map(lambda x, want: x.astype(want.dtype), frozen, frozen_shapes)
     tx = make_optimizer(config.optim, config.steps, trainable_shapes)
     state = jax.jit(lambda p: new_state(p, tx), out_shardings=shardings, donate_argnums=0)(
         trainable

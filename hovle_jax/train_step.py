@@ -40,14 +40,19 @@ def trainable_regex(config: RunConfig) -> str:
 
 
 def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
-    """(trainable, frozen) trees of shapes: what the stage reads of the model, nothing more."""
+    """(trainable, frozen) trees of shapes: what the stage reads of the model, nothing more.
+
+    Frozen parameters lie in memory in the dtype the model computes in: that is what every use casts
+    them to.
+    """
     stage = get_stage(config.stage)
     shapes = model.abstract_params(config.model)
     regex = trainable_regex(config)
     trainable, frozen = split({part: shapes[part] for part in stage.parts}, regex)
     if not trainable:
         raise UserError(f"config.trainable: {regex!r} matches no parameter of stage {stage.name!r}")
-    return trainable, frozen
+    dtype = jnp.dtype(config.model.dtype)
+    return trainable, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
 
 
 def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
@@ -79,14 +84,13 @@ def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Optimizer moments lie where their parameters lie; counters are replicated."""
     shapes = state_shapes(config)
-    by_path = flatten(param_shardings(config, shapes.params, mesh))
+    axes = flatten(model.param_axes(config.model))
 
     def place(path: Any, x: Any) -> jax.sharding.NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for param, where in by_path.items():
-            if name.endswith("/" + param):
-                return where
-        return sharding.replicated(mesh)
+        param = next((p for p in axes if name.endswith("/" + p)), None)
+        spec = sharding.spec(axes[param], x.shape, mesh) if param else jax.sharding.PartitionSpec()
+        return jax.sharding.NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
