@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,53 @@ CHIPS_PER_HOST = 4
 
 
 def run(args: argparse.Namespace, rest: list[str], load_config: Callable[..., Any]) -> int:
+    if args.tabulate:
+        print(tabulate(Path(args.tabulate)))
+        return 0
+    for name in ("config", "topology"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: missing")
+    for name in ("dump_hlo", "search"):
+        if args.fast and getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: compiles; leave out --fast")
     # No TPU is used, so none is looked for: the process may sit on a TPU host or on a laptop.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     config = load_config(args.config, rest)
     from hovle_jax import aot
 
     target = aot.topology(args.topology, args.slices)
-    plan = aot.outline(config, target) if args.fast else aot.make_plan(config, target)
+    more: dict[str, Any] = {}
+    if args.search:
+        config, plan, more = _search(config, target)
+    else:
+        plan = aot.outline(config, target) if args.fast else aot.make_plan(config, target)
     if args.dump_hlo:
-        if args.fast:
-            raise UserError("--dump-hlo: needs the compiled program; leave out --fast")
         Path(args.dump_hlo).write_text(plan.text)
-    body = report(config, target, plan)
+    body = report(config, target, plan) | more
     print(table(body))
     if args.json:
         Path(args.json).write_text(json.dumps(body, indent=2) + "\n")
     return 0
+
+
+def _search(config: Any, target: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(the fastest config, its plan, what was tried, for the report)."""
+    from hovle_jax.search import Trial, search
+
+    def show(trial: Trial) -> None:
+        rate = trial.tokens_per_second / len(target.devices) * target.chip.devices_per_chip
+        result = f"{rate:,.0f} tokens per chip and second" if rate else trial.reason
+        changes = " ".join(f"{k}={v}" for k, v in trial.changes.items())
+        print(f"{changes}  {result}", file=sys.stderr, flush=True)
+
+    trials = search(config, target, tried=show)
+    best = trials[0]
+    print("fastest: " + " ".join(f"--config.{k}={v}" for k, v in best.changes.items()))
+    tried = [
+        {"changes": t.changes, "tokens_per_second": t.tokens_per_second, "reason": t.reason}
+        for t in trials
+    ]
+    return best.config, best.plan, {"tried": tried}
 
 
 def add_command(add: Callable[..., Any], load_config: Callable[[str, Sequence[str]], Any]) -> None:
@@ -45,15 +77,21 @@ def add_command(add: Callable[..., Any], load_config: Callable[[str, Sequence[st
         "hovle plan --config=configs/stage3_instruct.py:hovle_2b --topology=v5e:4x4 "
         "--config.data.rows=16 --config.data.tokens=4096 --config.data.tiles=8",
     )
-    command.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
-    command.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x8, tpu7x:4x4x4, ...")
+    command.add_argument("--config", default="", help="FILE.py[:VARIANT]")
+    command.add_argument("--topology", default="", help="v5e:16x16, v5p:4x4x8, tpu7x:4x4x4, ...")
     command.add_argument(
         "--slices", type=int, default=1, help="that many of them, joined by network"
     )
     command.add_argument(
         "--fast", action="store_true", help="shapes only: no compilation, no times"
     )
+    command.add_argument(
+        "--search", action="store_true", help="tries rows, remat, loss chunks and meshes; an hour"
+    )
     command.add_argument("--json", default="", metavar="FILE")
+    command.add_argument(
+        "--tabulate", default="", metavar="DIR", help="only print the --json files there as a table"
+    )
     command.add_argument("--dump-hlo", default="", metavar="FILE", help="the scheduled program")
 
 
@@ -72,6 +110,12 @@ def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
         "devices_per_chip": per_chip,
         "stage": config.stage,
         "model": config.model.name,
+        "rows": config.data.rows,
+        "tokens": config.data.tokens,
+        "tiles": config.data.tiles,
+        "remat": config.model.remat,
+        "loss_chunk": config.model.loss_chunk,
+        "mesh": dataclasses.asdict(config.mesh),
         "hbm": {k: v and v * per_chip for k, v in dataclasses.asdict(plan.memory).items()},
         "model_flops_per_chip": plan.model_flops * per_chip,
         "state_bytes": state,
@@ -108,6 +152,38 @@ def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
     }
     return body
+
+
+STAGES = {"distill": "I", "align": "II", "instruct": "III"}
+
+
+def tabulate(directory: Path) -> str:
+    """Markdown, a line for every compiled plan among the JSON files of a directory."""
+    names = "model | stage | topology | rows a chip, tokens + tiles | remat, loss chunk | "
+    names += "HBM peak, GiB | step, s | matrix + vector + attention | exposed | MFU | days, chip-h"
+    lines = [f"| {names} |", "|" + "---|" * 11]
+    plans = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    order = {key: i for i, key in enumerate(STAGES)}
+    for p in sorted(plans, key=lambda p: (p["model"], order[p["stage"]], p["topology"])):
+        if "step_seconds" not in p:
+            continue
+        parts, hbm, seconds = p["parts"], p["hbm"], p["step_seconds"]
+        exposed = parts["exposed_communication_seconds"] / seconds
+        cells = (
+            p["model"],
+            STAGES[p["stage"]],
+            p["topology"] + (f" x {p['slices']}" if p["slices"] > 1 else ""),
+            f"{p['rows'] / p['chips']:g}, {p['tokens']:,} + {p['tiles']}",
+            f"{p['remat']}, {p['loss_chunk']:,}",
+            f"{hbm['peak'] / 2**30:.1f} of {hbm['limit'] / 2**30:.2f}",
+            f"{seconds:.3f}",
+            " + ".join(f"{parts[f'{k}_seconds']:.3f}" for k in ("matrix", "vector", "kernel")),
+            f"{exposed:.1%}",
+            f"{p['mfu']:.3f}",
+            f"{p['days']:.1f}, {p['chip_hours']:,.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _collectives(cost: Any) -> list[dict[str, Any]]:

@@ -92,9 +92,14 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     )
 
 
+def batch_ways(mesh: Any) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
 def check_rows(rows: int, accumulate: int, mesh: Any) -> None:
     """A batch is split evenly over devices, and on each into `accumulate` parts."""
-    ways = math.prod(mesh.shape[a] for a in BATCH_AXES) * accumulate
+    ways = batch_ways(mesh) * accumulate
     if rows % ways:
         raise UserError(
             f"config.data.rows {rows} is not a multiple of {ways} (mesh data x fsdp x "

@@ -51,6 +51,7 @@ ORDER = [
     "optim",
     "train_step",
     "aot",
+    "search",
     "hf.names",
     "hf.section",
     "hf.configs",
