@@ -84,7 +84,7 @@ def topology(name: str, slices: int = 1) -> Topology:
 
 def arguments(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
     """(state, frozen, teacher parameters, batch) of the step as shapes with their shardings."""
-    sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
+    train_step.check_batch(config, mesh)
     _, frozen = train_step.stage_shapes(config)
     teach, teach_shardings = {}, {}
     if get_stage(config.stage).teacher:

@@ -93,21 +93,25 @@ def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.A
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Each device runs the kernel on its own rows and heads; nothing is exchanged."""
+    """Each device runs the kernel on whole rows of its own heads.
+
+    Nothing is exchanged, but where places were split (mesh axis `context`): q, k, v and the result
+    then change between a part of the row for all heads and the whole row for some.
+    """
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     # Named as the kernel reads them: what is kept for the backward pass needs no more work there.
     q, k, v = (checkpoint_name(x.swapaxes(1, 2), "qkv") for x in (q, k, v))
-    heads = ("batch", "heads", "length", "head_dim")
-    kv_heads = ("batch", "kv_heads", "length", "head_dim")
+    heads = ("batch", "row_heads", "row", "head_dim")
+    kv_heads = ("batch", "row_kv_heads", "row", "head_dim")
 
     groups = q.shape[1] // k.shape[1]
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array]:
         if q.shape[1] != groups * k.shape[1]:  # query heads are split, their kv heads are not
-            raise UserError("config.mesh.tensor must divide the number of kv heads")
+            raise UserError("config.mesh: tensor x context must divide the number of kv heads")
         return (flash.attention(q, k, v, segments, interpret),)
 
-    ins = heads, kv_heads, kv_heads, ("batch", "length")
+    ins = heads, kv_heads, kv_heads, ("batch", "row")
     (out,) = per_shard(kernel, ins, [(heads, q.shape)])(q, k, v, segment_ids)
     return out.swapaxes(1, 2)
 

@@ -280,6 +280,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,13 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
         "qkv", "attention_out", "residual", "mlp_in", "mlp_hidden"
     ),
     "mixed": _policies.save_only_these_names("qkv", "attention_out", "residual"),
+    # As "minimal", with the widest of it in the host's memory meanwhile:
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["qkv", "attention_out", "residual"],
+        names_which_can_be_offloaded=["mlp_in"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": _policies.dots_with_no_batch_dims_saveable,
 }
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import IGNORE
-from hovle_jax.sharding import gathered, part_of, per_shard, scattered
+from hovle_jax.sharding import differing, gathered, part_of, per_shard, scattered
 
 COSINE_EPS = 1e-6
 
@@ -126,7 +126,7 @@ def _on_one_device(
     whole: tuple[tuple[int, ...], tuple[int, ...]],
     gradient: bool,
 ) -> tuple[jax.Array, ...]:
-    (all_rows, _, width), (_, vocab) = whole
+    (rows, length, width), (_, vocab) = whole
     b, s = targets.shape
     mine = head.shape
     head = gathered(head, "embed", 0, width)
@@ -139,8 +139,7 @@ def _on_one_device(
         x = x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(x.shape[0], b * chunk, *x.shape[3:])
 
-    def rows(x: jax.Array) -> jax.Array:
-        """The reverse."""
+    def unchunked(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, b, chunk, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(b, -1, *x.shape[3:])[:, :s]
 
@@ -161,11 +160,12 @@ def _on_one_device(
     else:
         zero = jnp.zeros(head.shape, jnp.float32) if gradient else None
         dhead, out = jax.lax.scan(step, zero, parts)
-    nll, *dhidden = (rows(x) for x in out)
+    nll, *dhidden = (unchunked(x) for x in out)
     if not gradient:
         return (nll,)
     _, over_words = part_of("vocab", mine[1], vocab)
-    dhead = scattered(dhead.astype(head.dtype), "embed", 0, mine[0], rows_split=b < all_rows)
+    over = differing((b, s), (rows, length), ("batch", "length"))
+    dhead = scattered(dhead.astype(head.dtype), "embed", 0, mine[0], over)
     return nll, over_words(jax.lax.psum, dhidden[0]), dhead
 
 

@@ -3,10 +3,11 @@
 Layers name the axes of their parameters and activations (`embed`, `heads`, ...); RULES maps those
 names to mesh axes. Nothing else in the project mentions a mesh axis.
 
-    slice   batch only: the TPU slices of a run, joined by network; sized by the devices themselves
-    data    batch only: parameters replicated
-    fsdp    batch, and every parameter split along its width
-    tensor  heads, MLP width and vocabulary split inside each layer
+    slice    batch only: the TPU slices of a run, joined by network; sized by the devices themselves
+    data     batch only: parameters replicated
+    fsdp     batch, and every parameter split along its width
+    context  the places of a row, and parameters like fsdp; for attention, heads in their stead
+    tensor   heads, MLP width and vocabulary split inside each layer
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 
-AXES = ("slice", "data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),  # the scanned axis of a stack
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -39,8 +40,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     # activations
     "batch": BATCH_AXES,
-    "length": (),
+    "length": ("context",),
     "act_embed": (),
+    # attention needs whole rows: between it and the rest, places and heads change sides
+    "row": (),
+    "row_heads": ("context", "tensor"),
+    "row_kv_heads": ("context", "tensor"),
 }
 
 
@@ -51,7 +56,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     inside = len(devices) // slices
     sizes = [getattr(config, a) for a in AXES[1:]]
     if sizes.count(-1) > 1:
-        raise UserError("mesh: only one of data, fsdp, tensor may be -1")
+        raise UserError(f"mesh: only one of {', '.join(AXES[1:])} may be -1")
     known = math.prod(s for s in sizes if s != -1)
     if known < 1 or inside % known:
         raise UserError(f"mesh: {sizes} does not divide {inside} devices")
@@ -62,12 +67,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _grid(devices: list[Any], slices: int, sizes: list[int]) -> np.ndarray:
-    """Devices as [slice, data, fsdp, tensor]; on TPU, neighbours on an axis are linked."""
+    """Devices in the order of AXES; on TPU, neighbours on an axis are linked."""
     if devices[0].platform != "tpu":
         return np.asarray(devices, dtype=object).reshape(slices, *sizes)
     if slices > 1:
         return mesh_utils.create_hybrid_device_mesh(
-            (1, *sizes), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+            (1, *sizes), (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     return mesh_utils.create_device_mesh((1, *sizes), devices, allow_split_physical_axes=True)
 
@@ -105,6 +110,36 @@ def check_rows(rows: int, accumulate: int, mesh: Any) -> None:
             f"config.data.rows {rows} is not a multiple of {ways} (mesh data x fsdp x "
             "config.optim.accumulate)"
         )
+
+
+def check_length(length: int, what: str, mesh: Any) -> None:
+    if length % mesh.shape["context"]:
+        raise UserError(
+            f"{what} {length} is not a multiple of config.mesh.context {mesh.shape['context']}"
+        )
+
+
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """(which part of each batch this process reads, of how many).
+
+    Processes whose devices hold the same rows, because a mesh axis that splits no rows goes across
+    processes, read the same part.
+
+    Raises:
+      UserError: rows would be shared by some of a process's devices only.
+    """
+    groups = np.moveaxis(mesh.devices, [AXES.index(a) for a in BATCH_AXES], range(3))
+    rows_of: dict[int, set[int]] = {}
+    for rows, devices in enumerate(groups.reshape(batch_ways(mesh), -1)):
+        for device in devices:
+            rows_of.setdefault(device.process_index, set()).add(rows)
+    parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if sum(map(len, parts)) != batch_ways(mesh) or len(set(map(len, parts))) != 1:
+        raise UserError(
+            "config.mesh: tensor x context devices must be whole processes, or a process whole "
+            "groups of them"
+        )
+    return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -160,20 +195,27 @@ def gathered(x: jax.Array, axis: str, dim: int, size: int) -> jax.Array:
     return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
 
 
-def scattered(x: jax.Array, axis: str, dim: int, part: int, *, rows_split: bool) -> jax.Array:
-    """Inside `per_shard`: the sum of x over the batch, cut to this device's part of `dim`.
+def scattered(x: jax.Array, axis: str, dim: int, part: int, over: Sequence[str]) -> jax.Array:
+    """Inside `per_shard`: the sum of x over mesh axes, cut to this device's part of `dim`.
 
-    rows_split: whether devices hold different rows; else each has the sum already.
+    over: the mesh axes along which x differs; along others each device has the sum already.
     """
-    names = RULES[axis]
-    if rows_split:
-        scatter = names if x.shape[dim] != part else ()
-        others = tuple(a for a in BATCH_AXES if a not in scatter)
-        x = jax.lax.psum(x, others)
-        return jax.lax.psum_scatter(x, scatter, scatter_dimension=dim, tiled=True) if scatter else x
-    if x.shape[dim] == part:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(names) * part, part, dim)
+    split = RULES[axis] if x.shape[dim] != part else ()
+    x = jax.lax.psum(x, tuple(a for a in over if a not in split))
+    for name in split:
+        if name in over:
+            x = jax.lax.psum_scatter(x, name, scatter_dimension=dim, tiled=True)
+        else:
+            size = x.shape[dim] // jax.lax.axis_size(name)
+            start = jax.lax.axis_index(name) * size
+            x = jax.lax.dynamic_slice_in_dim(x, start, size, dim)
+    return x
+
+
+def differing(parts: Sequence[int], wholes: Sequence[int], axes: Axes) -> tuple[str, ...]:
+    """Inside `per_shard`: the mesh axes that really split an array with named axes."""
+    named = zip(parts, wholes, axes, strict=True)
+    return tuple(a for part, whole, axis in named if part != whole for a in RULES[axis])
 
 
 def part_of(axis: str, part: int, size: int) -> tuple[Any, Callable[..., jax.Array]]:

@@ -36,6 +36,7 @@ from hovle_jax.optim import make_optimizer
 from hovle_jax.stages import Stage, get_stage
 from hovle_jax.train_step import (
     TrainState,
+    check_batch,
     jit_step,
     new_state,
     stage_shapes,
@@ -76,7 +77,7 @@ def train(
     tokenizer = Tokenizer.load(config.data.tokenizer)
     _check_same_tokenizer(tokenizer, workdir / "tokenizer")
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
+    check_batch(config, mesh)
     checkpoints = Checkpoints(workdir, config.keep)
     with jax.set_mesh(mesh):
         # What can be wrong is looked at first, what takes long last.
@@ -100,7 +101,8 @@ def train(
         if leads:
             write_config(workdir, config)
             tokenizer.save(workdir / "tokenizer")
-        batches = pipeline.batches(cursor, host=jax.process_index(), hosts=jax.process_count())
+        host, hosts = sharding.share_of_rows(mesh)
+        batches = pipeline.batches(cursor, host=host, hosts=hosts)
         log = MetricLog(workdir / "metrics.jsonl", int(state.step)) if leads else None
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
         if leads and not quiet:

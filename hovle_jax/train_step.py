@@ -55,6 +55,16 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
     return trainable, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
 
 
+def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch that the mesh does not divide."""
+    c, data = config.model, config.data
+    sharding.check_rows(data.rows, config.optim.accumulate, mesh)
+    sharding.check_length(data.tokens, "config.data.tokens", mesh)
+    if c.shuffle_loc == "post":
+        long = data.tokens + data.tiles * c.tokens_per_tile * (c.shuffle**2 - 1)
+        sharding.check_length(long, "the long stream of config.data.tokens and tiles", mesh)
+
+
 def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
     """Shardings of any subtree of the model's parameters."""
     axes = flatten(model.param_axes(config.model))

@@ -59,6 +59,15 @@ def test_splash_gives_the_numbers_of_xla(reference, monkeypatch, kernels):
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+def test_splash_over_places_that_are_split(reference):
+    """Rows over two devices, the places of each over two more."""
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1, context=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = output_and_gradients("splash_interpret")
+    for want, x in zip(reference, found, strict=True):
+        np.testing.assert_allclose(x, want, atol=2e-5)
+
+
 def test_blocks_give_the_numbers_of_xla(reference):
     for expected, found in zip(reference, output_and_gradients("blocks"), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -86,5 +95,5 @@ def test_query_heads_stay_with_their_kv_heads():
     q, k = (jax.ShapeDtypeStruct((2, 128, n, SIZE), jnp.float32) for n in (HEADS, KV_HEADS))
     segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     attend = functools.partial(attention.attend, implementation="splash_interpret")
-    with jax.set_mesh(mesh), pytest.raises(UserError, match="config.mesh.tensor must divide"):
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="tensor x context must divide"):
         jax.eval_shape(attend, q, k, k, segments)

@@ -330,6 +330,20 @@ def test_remat_recomputes():
     assert count["full"] > count["attention"] > count["mixed"] > count["products"]
     assert count["products"] == count["none"] + 2  # the scores of attention, in both stacks
     assert count["full"] > count["dots"] > count["none"]
+    assert count["offload"] == count["minimal"]
+
+
+def test_what_is_offloaded_comes_back():
+    """Through the host's memory and the same gradients."""
+    batch, params = pack([[A, B]]), model.init(jax.random.key(0), PRE)
+
+    def gradient(remat: str):
+        config = dataclasses.replace(PRE, remat=remat)
+        return jax.jit(jax.grad(functools.partial(next_token_loss, config=config)))
+
+    jaxpr = str(jax.make_jaxpr(gradient("offload"))(params, batch))
+    assert "pinned_host" in jaxpr or "<host>" in jaxpr
+    assert relative(gradient("offload")(params, batch), gradient("none")(params, batch)) < 1e-5
 
 
 def test_unknown_remat():

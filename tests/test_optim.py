@@ -121,7 +121,7 @@ def test_short_moments_are_split_like_their_parameters(world):
         if "decoder" in str(path) and "'down'" in str(path)
     }
     by_name = {k.split(".")[1].split("[")[0]: v for k, v in found.items()}
-    whole = jax.P(None, ("tensor",), ("fsdp",))
+    whole = jax.P(None, ("tensor",), ("fsdp", "context"))
     assert by_name["mu"][0].dtype == jnp.int8 and by_name["mu"][1] == whole
     assert by_name["nu"][0].dtype == jnp.bfloat16 and by_name["nu"][1] == whole
-    assert by_name["mu_scale"][1] == jax.P(None, None, ("fsdp",))
+    assert by_name["mu_scale"][1] == jax.P(None, None, ("fsdp", "context"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +24,16 @@ MESHES = {
     "data": MeshConfig(8, 1, 1),
     "fsdp": MeshConfig(1, 8, 1),
     "tensor": MeshConfig(1, 1, 8),
-    "mixed": MeshConfig(2, 2, 2),
+    "context": MeshConfig(1, 2, 1, 4),
+    "mixed": MeshConfig(1, 2, 2, 2),
 }
 
 
-def loss_and_gradients(world, stage_name: str, mesh_config: MeshConfig, devices: int):
+def loss_and_gradients(
+    world, stage_name: str, mesh_config: MeshConfig, devices: int, **changes: object
+):
     """(loss, {path: gradient}) of the first batch, computed on a mesh of that many devices."""
-    config = world.config(stage_name, init__scratch=True)
+    config = world.config(stage_name, init__scratch=True, **changes)
     stage = get_stage(stage_name)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -69,12 +75,76 @@ def test_eight_devices_equal_one(world, single, stage, name):
         np.testing.assert_allclose(grads[path], want, atol=1e-5, err_msg=path)
 
 
+def test_the_long_stream_over_places_that_are_split(world):
+    """'post': tokens move between two streams that devices hold in parts."""
+    model = dataclasses.replace(world.model, shuffle_loc="post")
+    found = [
+        loss_and_gradients(world, "instruct", mesh, devices, model=model)
+        for mesh, devices in ((MeshConfig(1, 1, 1), 1), (MeshConfig(1, 2, 1, context=2), 4))
+    ]
+    assert abs(found[0][0] - found[1][0]) < 1e-5
+    for path, want in found[0][1].items():
+        np.testing.assert_allclose(found[1][1][path], want, atol=1e-5, err_msg=path)
+
+
+def test_rows_and_places_are_really_split():
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 1, context=4))
+    x = jax.ShapeDtypeStruct((4, 64, 8), jnp.float32)
+    with jax.set_mesh(mesh):
+        pinned = jax.jit(lambda x: sharding.constrain(x * 2, "batch", "length", "act_embed"))
+        where = pinned.lower(x).compile().output_shardings
+    assert where.shard_shape(x.shape) == (2, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_process", "shares"),
+    [
+        ((1, 8, 1, 1), 4, [(0, 2), (1, 2)]),
+        ((1, 4, 2, 1), 4, [(0, 2), (1, 2)]),
+        ((1, 1, 2, 4), 4, [(0, 1), (0, 1)]),  # both hosts hold parts of the same rows
+        ((1, 2, 2, 2), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((1, 2, 4, 1), 8, [(0, 1)]),
+    ],
+)
+def test_processes_with_the_same_rows_read_the_same_share(monkeypatch, sizes, per_process, shares):
+    class Device:
+        platform = "cpu"
+
+        def __init__(self, number: int):
+            self.process_index = number // per_process
+
+    config = MeshConfig(*sizes)
+    axes = [getattr(config, a) if a != "slice" else 1 for a in sharding.AXES]
+    devices = np.array([Device(i) for i in range(8)], dtype=object).reshape(axes)
+    mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, axes, strict=True)))
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.share_of_rows(mesh) == share
+
+
+def test_a_process_must_not_hold_parts_of_groups(monkeypatch):
+    class Device:
+        def __init__(self, number: int):
+            self.process_index = number // 4
+
+    devices = np.array([Device(i) for i in range(12)], dtype=object).reshape(1, 1, 2, 1, 6)
+    shape = dict(zip(sharding.AXES, devices.shape, strict=True))
+    with pytest.raises(UserError, match="tensor x context devices must be whole processes"):
+        sharding.share_of_rows(types.SimpleNamespace(devices=devices, shape=shape))
+
+
+def test_places_must_divide(world):
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 1, context=4))
+    with pytest.raises(UserError, match="config.data.tokens 98 is not a multiple of .* 4"):
+        train_step.check_batch(world.config("instruct", data__tokens=98), mesh)
+
+
 def test_parameters_and_moments_are_really_split(world):
     mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
     config = world.config("instruct")
     state = train_step.state_shardings(config, mesh)
     kernel = state.params["embedding"]["layers"]["mlp"]["gate"]["kernel"]
-    assert kernel.spec == jax.sharding.PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert kernel.spec == jax.P(None, ("fsdp", "context"), ("tensor",))
     leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
     moments = [s for p, s in leaves if "mlp" in str(p) and "gate" in str(p)]
     assert len(moments) == 4 and all(m == kernel for m in moments)

@@ -239,7 +239,7 @@ def run_steps(
         raise UserError("--rounds and --steps must be at least 1")
     config = dataclasses.replace(config, init=InitConfig(scratch=True))
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
+    train_step.check_batch(config, mesh)
     batch = made_up_batch(config)
     load = [os.getloadavg()[0]]
     peak, source = peak_flops(config.model.dtype)
