@@ -1,4 +1,5 @@
 # Sourced by the other scripts: makes the virtual environment and installs this project with extras.
+# shellcheck shell=bash
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
