@@ -46,7 +46,8 @@ need IMAGE BUCKET SETTINGS
 everywhere() { # COMMAND: on all workers of all slices at once; the first status that is not 0
   local node pid status=0 ended pids=()
   for node in "${nodes[@]}"; do
-    run "${vm[@]}" ssh "$node" --zone="$ZONE" --worker=all --command="$1" &
+    run "${vm[@]}" ssh "$node" --zone="$ZONE" --worker=all --ssh-flag=-oServerAliveInterval=30 \
+      --command="$1" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Plans of every topology x model x stage that OUT has not yet, one JSON file each; no TPU needed.
+#   bash launch/plan.sh OUT [--dry-run] [--fast | --search] [--config.KEY=VALUE ...]
+# TOPOLOGIES, MODELS, STAGES: lists, instead of those below; "v5e:16x16*2" is two slices.
+# ROWS: per device (1); the batch grows with the topology. About a minute of one core and 2 GB a
+# plan, --search an hour. What does not compile leaves its reason in OUT/*.failed, is tried again
+# next time, and makes the status 1.
+set -euo pipefail
+source "$(dirname "$0")/run.sh"
+out='' more=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help) usage && exit ;;
+    --dry-run) DRY_RUN=1 ;;
+    --fast | --search | --config.*=*) more+=("$1") ;;
+    -*) fail "unknown argument $1" ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+[ -n "$out" ] || fail "where to?"
+topologies="v5e:4x4 v5e:16x16 v5e:16x16*2 v5p:4x4x4 v5p:4x4x8 v6e:4x4 v6e:16x16 tpu7x:4x4x4"
+# Text and image tokens about 1:1, as in docs/performance.md.
+row=(--config.data.tokens=4096 --config.data.tiles=8 --config.model.remat=products
+  --config.model.loss_chunk=4096)
+
+plan() { # TOPOLOGY MODEL STAGE
+  local target=${1%\**} slices=1 config chips devices file
+  [ "$target" = "$1" ] || slices=${1##*\*}
+  case $3 in
+    1) config=configs/stage1_distill.py ;;
+    2) config=configs/stage2_align.py ;;
+    3) config=configs/stage3_instruct.py ;;
+    *) fail "STAGES: no stage $3" ;;
+  esac
+  chips=${target#*:}
+  devices=$((slices * ${chips//x/*}))
+  case $target in tpu7x:*) devices=$((2 * devices)) ;; esac
+  file=$out/$2-stage$3-${target/:/-}x$slices
+  [ ! -s "$file.json" ] || return 0
+  # Written beside and moved: a plan that was killed is not a plan.
+  local command=(hovle plan "--config=$config:$2" "--topology=$target" "--slices=$slices"
+    "--config.data.rows=$((${ROWS:-1} * devices))" "${row[@]}" "${more[@]}" "--json=$file.part")
+  if [ -n "$DRY_RUN" ]; then
+    run "${command[@]}"
+  elif "${command[@]}" 2>"$file.failed"; then
+    mv "$file.part" "$file.json"
+    rm "$file.failed"
+  else
+    failed=1
+    tail -n 1 "$file.failed" >&2
+  fi
+}
+
+failed=0
+[ -n "$DRY_RUN" ] || mkdir -p "$out"
+for topology in ${TOPOLOGIES:-$topologies}; do
+  for model in ${MODELS:-hovle_2b hovle_hd}; do
+    for stage in ${STAGES:-1 2 3}; do plan "$topology" "$model" "$stage"; done
+  done
+done
+run hovle plan --tabulate "$out"
+exit "$failed"

@@ -1,0 +1,102 @@
+"""What launch/preflight.sh runs on every host: a line for each of CHECKS, status 1 if one fails.
+
+A check that takes longer than --timeout ends the process with the stacks of its threads. Without
+--topology: on whatever devices there are.
+"""
+
+import argparse
+import faulthandler
+import math
+import socket
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from hovle_jax import hosts as processes
+from hovle_jax.checkpoint import open_stored
+from hovle_jax.chips import get_chip
+from hovle_jax.cli import load_config
+from hovle_jax.data.pipeline import open_sources
+from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.stages import get_stage
+
+
+def hosts(args, config):
+    """They find and reach each other."""
+    processes.connect(args.coordinator, args.processes, args.process)
+    multihost_utils.sync_global_devices("preflight")  # a collective over all devices
+    return f"{jax.process_count()} reach each other"
+
+
+def devices(args, config):
+    """They are those of the topology."""
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    slices = len({getattr(d, "slice_index", 0) for d in jax.devices()})
+    seen = f"{count} of {kind!r} in {slices} slice(s), {jax.local_device_count()} of them here"
+    if args.topology:
+        name, _, shape = args.topology.partition(":")
+        chip = get_chip(name)
+        wanted = args.slices * chip.devices_per_chip * math.prod(map(int, shape.split("x")))
+        if (kind, count, slices) != (chip.kind, wanted, args.slices):
+            raise RuntimeError(f"{seen}; expected {wanted} of {chip.kind!r} in {args.slices}")
+    return seen
+
+
+def storage(args, config):
+    """What a host writes into the work directory the others read."""
+    folder = Path(args.workdir) / "preflight"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / str(jax.process_index())).write_text(socket.gethostname())
+    multihost_utils.sync_global_devices("written")
+    names = [(folder / str(i)).read_text() for i in range(jax.process_count())]
+    multihost_utils.sync_global_devices("read")
+    (folder / str(jax.process_index())).unlink()
+    return f"{args.workdir}: written by {len(names)} host(s), read by each"
+
+
+def data(args, config):
+    """Tokenizer and sources open; the first sample of each can be read."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    sources, _ = open_sources(config, get_stage(config.stage).data, tokenizer)
+    tokens = [len(source.sample(0, 0).ids) for source in sources]
+    return f"{len(sources)} source(s), whose first samples have {tokens} tokens"
+
+
+def parameters(args, config):
+    """What the run starts from opens."""
+    named = filter(None, (config.init.llm, config.init.teacher, config.init.previous))
+    return ", ".join(f"{d}: {len(open_stored(d).paths)} arrays" for d in named) or "none named"
+
+
+CHECKS = (hosts, devices, storage, data, parameters)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--topology", default="", help="v5e:4x4, ...")
+    parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--coordinator", default="", help="as of hovle train, with the next two")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for each check")
+    args, overrides = parser.parse_known_args()
+    config = load_config(args.config, overrides)
+    failed = False
+    for check in CHECKS:
+        print(f"{socket.gethostname()}  {check.__name__}", end="  ", flush=True)
+        faulthandler.dump_traceback_later(args.timeout, exit=True)
+        try:
+            print("ok:", check(args, config), flush=True)
+        except Exception as error:  # whatever it is, the next check may say more
+            failed = True
+            print("FAILED:", (str(error) or repr(error)).splitlines()[0], flush=True)
+        faulthandler.cancel_dump_traceback_later()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
