@@ -1,7 +1,6 @@
 """What launch/preflight.sh runs on every host: a line for each of CHECKS, status 1 if one fails.
 
-A check that takes longer than --timeout ends the process with the stacks of its threads. Without
---topology: on whatever devices there are.
+One that takes longer than --timeout ends the process with the stacks of its threads.
 """
 
 import argparse
@@ -34,7 +33,7 @@ def devices(args, config):
     """They are those of the topology."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     slices = len({getattr(d, "slice_index", 0) for d in jax.devices()})
-    seen = f"{count} of {kind!r} in {slices} slice(s), {jax.local_device_count()} of them here"
+    seen = f"{count} of {kind!r} in {slices} slice(s), {jax.local_device_count()} here"
     if args.topology:
         name, _, shape = args.topology.partition(":")
         chip = get_chip(name)
@@ -80,21 +79,20 @@ def main():
     parser.add_argument("--topology", default="", help="v5e:4x4, ...")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--coordinator", default="", help="as of hovle train, with the next two")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--process", type=int, default=0)
+    for name, default in (("--processes", 1), ("--process", 0)):
+        parser.add_argument(name, type=int, default=default)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each check")
     args, overrides = parser.parse_known_args()
-    config = load_config(args.config, overrides)
-    failed = False
+    config, failed = load_config(args.config, overrides), False
     for check in CHECKS:
         print(f"{socket.gethostname()}  {check.__name__}", end="  ", flush=True)
-        faulthandler.dump_traceback_later(args.timeout, exit=True)
+        faulthandler.dump_traceback_later(args.timeout, exit=True, file=sys.__stderr__)
         try:
             print("ok:", check(args, config), flush=True)
         except Exception as error:  # whatever it is, the next check may say more
             failed = True
             print("FAILED:", (str(error) or repr(error)).splitlines()[0], flush=True)
-        faulthandler.cancel_dump_traceback_later()
+    faulthandler.cancel_dump_traceback_later()
     return int(failed)
 
 

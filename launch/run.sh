@@ -21,8 +21,7 @@ need() { # NAME...: variables that must be set
 
 run() { # COMMAND...: runs it, or prints it under --dry-run
   if [ -n "$DRY_RUN" ]; then
-    printf '%q ' "$@"
-    echo
+    printf '%s\n' "$(printf '%q ' "$@")" # at once: several may print
   else
     "$@"
   fi
