@@ -1,4 +1,4 @@
-"""What launch/preflight.sh runs on every host: a line for each of CHECKS, status 1 if one fails.
+"""For launch/preflight.sh: a line for each of CHECKS, status 1 if one fails.
 
 One that takes longer than --timeout ends the process with the stacks of its threads.
 """
@@ -34,8 +34,8 @@ def devices(args, config):
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     slices = len({getattr(d, "slice_index", 0) for d in jax.devices()})
     seen = f"{count} of {kind!r} in {slices} slice(s), {jax.local_device_count()} here"
-    if args.topology:
-        name, _, shape = args.topology.partition(":")
+    name, _, shape = args.topology.partition(":")
+    if name:
         chip = get_chip(name)
         wanted = args.slices * chip.devices_per_chip * math.prod(map(int, shape.split("x")))
         if (kind, count, slices) != (chip.kind, wanted, args.slices):
@@ -47,11 +47,12 @@ def storage(args, config):
     """What a host writes into the work directory the others read."""
     folder = Path(args.workdir) / "preflight"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / str(jax.process_index())).write_text(socket.gethostname())
+    mine = folder / str(jax.process_index())
+    mine.write_text(socket.gethostname())
     multihost_utils.sync_global_devices("written")
     names = [(folder / str(i)).read_text() for i in range(jax.process_count())]
     multihost_utils.sync_global_devices("read")
-    (folder / str(jax.process_index())).unlink()
+    mine.unlink()
     return f"{args.workdir}: written by {len(names)} host(s), read by each"
 
 
@@ -74,8 +75,8 @@ CHECKS = (hosts, devices, storage, data, parameters)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
-    parser.add_argument("--workdir", required=True)
+    for name in ("--config", "--workdir"):
+        parser.add_argument(name, required=True)
     parser.add_argument("--topology", default="", help="v5e:4x4, ...")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--coordinator", default="", help="as of hovle train, with the next two")
@@ -83,17 +84,17 @@ def main():
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each check")
     args, overrides = parser.parse_known_args()
-    config, failed = load_config(args.config, overrides), False
+    config, failed = load_config(args.config, overrides), 0
     for check in CHECKS:
         print(f"{socket.gethostname()}  {check.__name__}", end="  ", flush=True)
         faulthandler.dump_traceback_later(args.timeout, exit=True, file=sys.__stderr__)
         try:
             print("ok:", check(args, config), flush=True)
         except Exception as error:  # whatever it is, the next check may say more
-            failed = True
+            failed = 1
             print("FAILED:", (str(error) or repr(error)).splitlines()[0], flush=True)
     faulthandler.cancel_dump_traceback_later()
-    return int(failed)
+    return failed
 
 
 if __name__ == "__main__":

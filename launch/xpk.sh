@@ -23,8 +23,7 @@ while [ $# -gt 0 ]; do
 done
 slice "${target:-?}"
 need IMAGE CLUSTER PROJECT ZONE SETTINGS
-environment=$(mktemp)
-trap 'rm -f "$environment"' EXIT
+environment=${TMPDIR:-/tmp}/${NAME:-hovle}.env # xpk takes one file
 cat "$here/env/$CHIP.env" "$SETTINGS" | grep -v '^#' >"$environment"
 run xpk workload create --workload="${NAME:-hovle}" --cluster="$CLUSTER" --project="$PROJECT" \
   --zone="$ZONE" --tpu-type="$ACCELERATOR_TYPE" --num-slices="$slices" --docker-image="$IMAGE" \
