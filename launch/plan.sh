@@ -37,14 +37,16 @@ plan() { # TOPOLOGY MODEL STAGE
   devices=$((slices * ${chips//x/*}))
   case $target in tpu7x:*) devices=$((2 * devices)) ;; esac
   file=$out/$2-stage$3-${target/:/-}x$slices
-  [ ! -s "$file.json" ] || return 0
-  # Written beside and moved: a plan that was killed is not a plan.
   local command=(hovle plan "--config=$config:$2" "--topology=$target" "--slices=$slices"
     "--config.data.rows=$((${ROWS:-1} * devices))" "${row[@]}" "${more[@]}" "--json=$file.part")
-  if [ -n "$DRY_RUN" ]; then
+  # Written beside and moved: a plan that was killed is not a plan, nor one of another command.
+  if [ -s "$file.json" ] && [ "$(cat "$file.command" 2>/dev/null)" = "${command[*]}" ]; then
+    return
+  elif [ -n "$DRY_RUN" ]; then
     run "${command[@]}"
   elif "${command[@]}" 2>"$file.failed"; then
     mv "$file.part" "$file.json"
+    echo "${command[*]}" >"$file.command"
     rm "$file.failed"
   else
     failed=1

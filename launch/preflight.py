@@ -47,8 +47,7 @@ def storage(args, config):
     """What a host writes into the work directory the others read."""
     folder = Path(args.workdir) / "preflight"
     folder.mkdir(parents=True, exist_ok=True)
-    mine = folder / str(jax.process_index())
-    mine.write_text(socket.gethostname())
+    (mine := folder / str(jax.process_index())).write_text(socket.gethostname())
     multihost_utils.sync_global_devices("written")
     names = [(folder / str(i)).read_text() for i in range(jax.process_count())]
     multihost_utils.sync_global_devices("read")
@@ -73,16 +72,14 @@ def parameters(args, config):
 CHECKS = (hosts, devices, storage, data, parameters)
 
 
+OPTIONS = {"config": "", "workdir": "", "topology": "", "slices": 1, "timeout": 300.0}
+OPTIONS |= {"coordinator": "", "processes": 1, "process": 0}  # as of hovle train
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--config", "--workdir"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--topology", default="", help="v5e:4x4, ...")
-    parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--coordinator", default="", help="as of hovle train, with the next two")
-    for name, default in (("--processes", 1), ("--process", 0)):
-        parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for each check")
+    for name, default in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args, overrides = parser.parse_known_args()
     config, failed = load_config(args.config, overrides), 0
     for check in CHECKS:

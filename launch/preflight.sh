@@ -10,17 +10,19 @@
 set -euo pipefail
 here=$(dirname "$0")
 source "$here/run.sh"
-planned=() more=() topology=''
+planned=() more=() topology='' config='' workdir=''
 for argument in "$@"; do
   case $argument in
     --help) usage && exit ;;
     --dry-run) DRY_RUN=1 ;;
     --topology=* | --slices=*) planned+=("$argument") more+=("$argument") && topology=1 ;;
-    --config=* | --config.*=*) planned+=("$argument") more+=("$argument") ;;
+    --config=* | --config.*=*) config=1 planned+=("$argument") more+=("$argument") ;;
+    --workdir=*) workdir=1 more+=("$argument") ;;
     --*=*) more+=("$argument") ;;
     *) fail "arguments are --NAME=VALUE, not $argument" ;;
   esac
 done
+need config workdir
 
 status=0
 if [ -n "$topology" ]; then

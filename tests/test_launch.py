@@ -485,6 +485,8 @@ def test_plans_that_are_there_are_not_made_again(tools, tmp_path):
     before = len(fake.calls)
     assert fake.run("plan.sh", str(out), "--fast", **env).returncode == 1
     assert len(fake.calls) == before + 2, "the one that failed, and the table"
+    fake.run("plan.sh", str(out), **env)
+    assert len(fake.calls) == before + 12, "without --fast they are other plans"
 
 
 def test_plans_of_all_that_is_promised(tools, tmp_path):
