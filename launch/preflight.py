@@ -22,14 +22,14 @@ from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.stages import get_stage
 
 
-def hosts(args, config):
+def hosts(args):
     """They find and reach each other."""
     processes.connect(args.coordinator, args.processes, args.process)
     multihost_utils.sync_global_devices("preflight")  # a collective over all devices
     return f"{jax.process_count()} reach each other"
 
 
-def devices(args, config):
+def devices(args):
     """They are those of the topology."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     slices = len({getattr(d, "slice_index", 0) for d in jax.devices()})
@@ -43,7 +43,7 @@ def devices(args, config):
     return seen
 
 
-def storage(args, config):
+def storage(args):
     """What a host writes into the work directory the others read."""
     folder = Path(args.workdir) / "preflight"
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,38 +55,38 @@ def storage(args, config):
     return f"{args.workdir}: written by {len(names)} host(s), read by each"
 
 
-def data(args, config):
+def data(args):
     """Tokenizer and sources open; the first sample of each can be read."""
+    config = load_config(args.config, args.overrides)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     sources, _ = open_sources(config, get_stage(config.stage).data, tokenizer)
     tokens = [len(source.sample(0, 0).ids) for source in sources]
     return f"{len(sources)} source(s), whose first samples have {tokens} tokens"
 
 
-def parameters(args, config):
+def parameters(args):
     """What the run starts from opens."""
-    named = filter(None, (config.init.llm, config.init.teacher, config.init.previous))
+    init = load_config(args.config, args.overrides).init
+    named = filter(None, (init.llm, init.teacher, init.previous))
     return ", ".join(f"{d}: {len(open_stored(d).paths)} arrays" for d in named) or "none named"
 
 
 CHECKS = (hosts, devices, storage, data, parameters)
-
-
 OPTIONS = {"config": "", "workdir": "", "topology": "", "slices": 1, "timeout": 300.0}
 OPTIONS |= {"coordinator": "", "processes": 1, "process": 0}  # as of hovle train
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     for name, default in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    args, overrides = parser.parse_known_args()
-    config, failed = load_config(args.config, overrides), 0
+    args, args.overrides = parser.parse_known_args()
+    failed = 0
     for check in CHECKS:
         print(f"{socket.gethostname()}  {check.__name__}", end="  ", flush=True)
         faulthandler.dump_traceback_later(args.timeout, exit=True, file=sys.__stderr__)
         try:
-            print("ok:", check(args, config), flush=True)
+            print("ok:", check(args), flush=True)
         except Exception as error:  # whatever it is, the next check may say more
             failed = 1
             print("FAILED:", (str(error) or repr(error)).splitlines()[0], flush=True)

@@ -22,7 +22,7 @@ for argument in "$@"; do
     *) fail "arguments are --NAME=VALUE, not $argument" ;;
   esac
 done
-need config workdir
+[ "$config$workdir" = 11 ] || fail "--config and --workdir are needed"
 
 status=0
 if [ -n "$topology" ]; then

@@ -559,6 +559,8 @@ def test_preflight_names_what_is_wrong(preflight, tmp_path):
     failed = {line.split()[1]: line for line in lines if "FAILED" in line}
     assert status == 1 and failed.keys() == {"devices", "data", "parameters"}
     assert "expected 8 of 'TPU v5 lite'" in failed["devices"] and "no.json" in failed["data"]
+    _, lines = preflight(optim__lrr=1)
+    assert "did you mean 'lr'?" in lines[3]
 
 
 def test_preflight_asks_first_whether_the_state_fits(tools):
