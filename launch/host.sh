@@ -35,8 +35,8 @@ case ${1:-} in
     run sudo docker pull -q "$2"
     ;;
   start)
-    if [ -z "$(sudo docker ps -q --filter 'name=^hovle$')" ]; then
-      sudo docker rm -f hovle >/dev/null 2>&1 || true
+    if [ -n "${dry:-}" ] || [ -z "$(sudo docker ps -q --filter 'name=^hovle$')" ]; then
+      run sudo docker rm -f hovle || true # what ended before; there may be none
       # privileged and host network: the TPU's device files, the metadata server, other hosts
       run sudo docker run --detach --name hovle --privileged --net=host --shm-size=16g \
         --env-file="$3" --env-file="$4" -v /bucket:/bucket "$2" "${@:5}"
@@ -44,10 +44,11 @@ case ${1:-} in
     ;;
   watch)
     run sudo docker logs --follow --tail=20 hovle
-    exit "$(run sudo docker wait hovle)"
+    status=$(run sudo docker wait hovle)
+    if [ -n "${dry:-}" ]; then echo "$status"; else exit "$status"; fi
     ;;
   stop)
-    run sudo docker stop --time=600 hovle
+    run sudo docker stop -t 600 hovle
     run sudo docker rm -f hovle
     ;;
   *) echo "host.sh: setup, start, watch or stop; --help says how" >&2 && exit 2 ;;

@@ -6,6 +6,7 @@
 # plan, --search an hour. What does not compile leaves its reason in OUT/*.failed, is tried again
 # next time, and makes the status 1.
 set -euo pipefail
+set -f # v5e:16x16*2 is no file pattern
 source "$(dirname "$0")/run.sh"
 out='' more=()
 while [ $# -gt 0 ]; do

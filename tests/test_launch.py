@@ -342,6 +342,11 @@ def test_host_starts_one_container_and_gives_its_status(tools):
     assert started()[0][-4:] == ["image", "hovle", "train", "--x=('a b',)"]
     assert {"--privileged", "--net=host", "--env-file=run.env"} <= set(started()[0])
     assert fake.run("host.sh", "watch", **env).returncode == 75
+    before = len(fake.calls)
+    for command in (start, ("host.sh", "watch"), ("host.sh", "stop")):
+        done = fake.run("host.sh", "--dry-run", *command[1:], **env)
+        assert done.returncode == 0 and "sudo docker" in done.stdout
+    assert len(fake.calls) == before, "a dry run asks nothing"
 
 
 # --- GKE
