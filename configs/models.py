@@ -21,8 +21,17 @@ SMALL = LayersConfig(
     initializer_range=0.1,
 )
 
-HOVLE_2B = ModelConfig(embedding=RELEASED, decoder=dataclasses.replace(RELEASED, num_layers=24))
-HOVLE_HD = dataclasses.replace(HOVLE_2B, name="hovle_hd", shuffle_loc="post")
+# remat and loss_chunk: what fits 16 GB chips with a row of 8,192 tokens each. Rows of 4,096, or
+# more memory, take remat="products" and the loss in one piece: `hovle plan --search` finds out.
+HOVLE_2B = ModelConfig(
+    embedding=RELEASED,
+    decoder=dataclasses.replace(RELEASED, num_layers=24),
+    remat="mixed",
+    loss_chunk=4096,
+)
+HOVLE_HD = dataclasses.replace(
+    HOVLE_2B, name="hovle_hd", shuffle_loc="post", remat="full", loss_chunk=1024
+)
 TINY = dataclasses.replace(
     HOVLE_2B,
     name="tiny",
@@ -32,6 +41,7 @@ TINY = dataclasses.replace(
     initializer_range=0.1,
     dtype="float32",
     remat="none",
+    loss_chunk=512,
 )
 
 MODELS = {"hovle_2b": HOVLE_2B, "hovle_hd": HOVLE_HD, "tiny": TINY}
