@@ -109,7 +109,8 @@ class TeacherLayer(nn.Module):
         y = Linear(
             (c.intermediate_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1"
         )(y)
-        y = gelu(constrain(y, "batch", "length", "mlp"))
+        # The barrier leaves GELU with fc1; the compiler would make it, once per use, with fc2.
+        y = jax.lax.optimization_barrier(gelu(constrain(y, "batch", "length", "mlp")))
         y = Linear((c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2")(
             y
         )
