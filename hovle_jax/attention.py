@@ -158,8 +158,8 @@ def attend_all(
 def _tile(
     q: jax.Array, k: jax.Array, v: jax.Array, size: int, length: int, interpret: bool
 ) -> jax.Array:
-    """Heads are split over devices by whole registers, so the axes say registers, not heads."""
-    axes = ("batch", "length", "heads", "head_dim")
+    """Whole rows, heads over devices by whole registers: the axes say registers, not heads."""
+    axes = ("batch", "row", "row_heads", "head_dim")
 
     def registers(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, tile_attention.LANES)

@@ -49,12 +49,14 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class HeadLinear(nn.Module):
-    """`Linear` from or to heads that are one axis of x, and two of the kernel (`shape`).
+    """`Linear` from or to heads, which are two axes of the kernel and one of the activations.
 
-    Apart, an axis of 64 would fill half a register; TPU turns the whole array round to avoid it.
+    As an axis of their own, heads of 64 would fill half a register; TPU turns the whole array
+    around to avoid that.
     """
 
-    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    features: tuple[int, ...]
     axes: tuple[str, ...]
     std: float
     bias: bool
@@ -62,13 +64,12 @@ class HeadLinear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = named(nn.initializers.normal(self.std), *self.axes)
-        kernel = self.param("kernel", init, self.shape, jnp.float32).astype(x.dtype)
-        y = x @ kernel.reshape(x.shape[-1], -1)
+        kernel = self.param("kernel", init, self.inputs + self.features, jnp.float32)
+        y = x @ kernel.astype(x.dtype).reshape(x.shape[-1], -1)
         if self.bias:
-            num_in = 1 if self.axes[0] == "embed" else 2
-            zeros = named(nn.initializers.zeros, *self.axes[num_in:])
-            bias = self.param("bias", zeros, self.shape[num_in:], jnp.float32)
-            y = y + bias.reshape(-1).astype(x.dtype)
+            zeros = named(nn.initializers.zeros, *self.axes[len(self.inputs) :])
+            bias = self.param("bias", zeros, self.features, jnp.float32)
+            y = y + bias.astype(x.dtype).reshape(-1)
         return y
 
 
@@ -86,7 +87,8 @@ class TeacherLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         c = self.config
-        heads, size = c.num_heads, c.hidden_size // c.num_heads
+        size = c.hidden_size // c.num_heads
+        width, split = (c.hidden_size,), (c.num_heads, size)
 
         def norm(name: str) -> Any:
             return (
@@ -94,22 +96,22 @@ class TeacherLayer(nn.Module):
             )
 
         def project(name: str) -> jax.Array:
-            shape, axes = (c.hidden_size, heads, size), ("embed", "heads", "head_dim")
-            z = HeadLinear(shape, axes, c.initializer_range, c.qkv_bias, name=name)(y)
+            axes = ("embed", "heads", "head_dim")
+            z = HeadLinear(width, split, axes, c.initializer_range, c.qkv_bias, name=name)(y)
             if c.qk_norm and name != "v":  # over the full width, not per head
                 z = RMSNorm(c.norm_eps, name=f"{name}_norm")(z)
             return z
 
         y = norm("norm1")(x).astype(x.dtype)
         y = attend_all(project("q"), project("k"), project("v"), size, self.length)
-        shape, axes = (heads, size, c.hidden_size), ("heads", "head_dim", "embed")
-        y = HeadLinear(shape, axes, c.initializer_range, True, name="o")(y)
+        axes = ("heads", "head_dim", "embed")
+        y = HeadLinear(split, width, axes, c.initializer_range, True, name="o")(y)
         x = x + LayerScale(name="ls1")(y)
         y = norm("norm2")(x).astype(x.dtype)
         y = Linear(
             (c.intermediate_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1"
         )(y)
-        # The barrier leaves GELU with fc1; the compiler would make it, once per use, with fc2.
+        # The barrier leaves GELU with fc1; else it and both products become one, slower, fusion.
         y = jax.lax.optimization_barrier(gelu(constrain(y, "batch", "length", "mlp")))
         y = Linear((c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2")(
             y
