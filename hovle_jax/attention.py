@@ -1,4 +1,4 @@
-"""One function, `attend`, and the implementations behind its name.
+"""Two functions, `attend` and `attend_all`, and the implementations behind their names.
 
     B rows   S query length   M key length   K kv heads   G query heads per kv head   D head size
 
@@ -10,6 +10,12 @@ Positions restart in every segment, so one rule serves packed rows, padding (seg
     splash   Pallas flash attention on TPU: scores stay on the chip; whole rows only, where a place
              in the row says as much as a position does
     auto     splash where the program is for TPU, blocks for CPU, else xla
+
+`attend_all` is the vision teacher's: every query sees every key, and nothing is differentiated.
+
+    xla      as above
+    tile     Pallas on TPU: a tile's scores stay on the chip
+    auto     tile where the program is for TPU and heads fill its registers, else xla
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hovle_jax import flash
+from hovle_jax import flash, tile_attention
 from hovle_jax.errors import UserError
 from hovle_jax.sharding import per_shard, platform
 
@@ -122,3 +128,46 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "splash": _splash,
     "splash_interpret": functools.partial(_splash, interpret=True),  # on CPU, for tests
 }
+
+
+def aligned(length: int) -> int:
+    """Places to make for so many: TPU computes whole registers, elsewhere padding only costs."""
+    return length + (-length % tile_attention.ROWS if platform() == "tpu" else 0)
+
+
+def attend_all(
+    q: jax.Array,  # [N, S, H * D]
+    k: jax.Array,
+    v: jax.Array,
+    size: int,  # D
+    length: int,  # keys from here on are padding, seen by no query
+    implementation: str = "auto",
+) -> jax.Array:
+    """Softmax attention over the first `length` places, scaled by 1/sqrt(D): [N, S, H * D]."""
+    if implementation == "auto":
+        fits = tile_attention.supports(size) and q.shape[-1] % tile_attention.LANES == 0
+        implementation = "tile" if platform() == "tpu" and fits else "xla"
+    if implementation == "xla":
+        mask = jnp.broadcast_to(jnp.arange(q.shape[1]) < length, (1, q.shape[1], q.shape[1]))
+        shape = q.shape
+        q, k, v = (x.reshape(*x.shape[:2], -1, size) for x in (q, k, v))
+        return _softmax(q, k, v, mask).reshape(shape)
+    return _tile(q, k, v, size, length, implementation == "tile_interpret")
+
+
+def _tile(
+    q: jax.Array, k: jax.Array, v: jax.Array, size: int, length: int, interpret: bool
+) -> jax.Array:
+    """Whole rows, heads over devices by whole registers: the axes say registers, not heads."""
+    axes = ("batch", "row", "row_heads", "head_dim")
+
+    def registers(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, tile_attention.LANES)
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array]:
+        q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        return (registers(tile_attention.attention(q, k, v, size, length, interpret)),)
+
+    q, k, v = (registers(x) for x in (q, k, v))
+    (out,) = per_shard(kernel, [axes] * 3, [(axes, q.shape)])(q, k, v)
+    return out.reshape(*out.shape[:2], -1)

@@ -3,6 +3,9 @@
 The tensors and the arithmetic are InternVL2's (spec section 7): pre-norm layers with LayerScale and
 full attention, no final norm, class token dropped, then LayerNorm - linear - GELU - linear.
 
+Inside, the class token comes after the patches and padding after that: what is cut off lies at the
+end, where it costs no copy, and attention does not ask for an order.
+
     ... leading axes   P patches   T tokens per tile   C teacher width   E LLM width
 """
 
@@ -10,13 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.attention import attend
+from hovle_jax.attention import aligned, attend_all
 from hovle_jax.config import TeacherConfig
 from hovle_jax.embedding import normalize_pixels, patchify, pixel_shuffle, resize_positions
 from hovle_jax.layers import Linear, RMSNorm, axis_names, named
@@ -34,6 +38,41 @@ def _layer_norm(eps: float, name: str) -> nn.LayerNorm:
     )
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function, in float32.
+
+    jax.nn.gelu takes erfc, which has two branches: TPU stores which one each value takes, a pass
+    over the widest activation of the layer. erf has one, and this form is PyTorch's.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+class HeadLinear(nn.Module):
+    """`Linear` from or to heads, which are two axes of the kernel and one of the activations.
+
+    As an axis of their own, heads of 64 would fill half a register; TPU turns the whole array
+    around to avoid that.
+    """
+
+    inputs: tuple[int, ...]
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = named(nn.initializers.normal(self.std), *self.axes)
+        kernel = self.param("kernel", init, self.inputs + self.features, jnp.float32)
+        y = x @ kernel.astype(x.dtype).reshape(x.shape[-1], -1)
+        if self.bias:
+            zeros = named(nn.initializers.zeros, *self.axes[len(self.inputs) :])
+            bias = self.param("bias", zeros, self.features, jnp.float32)
+            y = y + bias.astype(x.dtype).reshape(-1)
+        return y
+
+
 class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,11 +82,13 @@ class LayerScale(nn.Module):
 
 class TeacherLayer(nn.Module):
     config: TeacherConfig
+    length: int  # places that are no padding
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         c = self.config
-        heads, size = c.num_heads, c.hidden_size // c.num_heads
+        size = c.hidden_size // c.num_heads
+        width, split = (c.hidden_size,), (c.num_heads, size)
 
         def norm(name: str) -> Any:
             return (
@@ -56,27 +97,22 @@ class TeacherLayer(nn.Module):
 
         def project(name: str) -> jax.Array:
             axes = ("embed", "heads", "head_dim")
-            z = Linear((heads, size), axes, c.initializer_range, bias=c.qkv_bias, name=name)(y)
+            z = HeadLinear(width, split, axes, c.initializer_range, c.qkv_bias, name=name)(y)
             if c.qk_norm and name != "v":  # over the full width, not per head
-                z = RMSNorm(c.norm_eps, name=f"{name}_norm")(z.reshape(*z.shape[:-2], -1))
-            return z.reshape(*z.shape[:2], heads, size)
+                z = RMSNorm(c.norm_eps, name=f"{name}_norm")(z)
+            return z
 
         y = norm("norm1")(x).astype(x.dtype)
-        everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
-        y = attend(project("q"), project("k"), project("v"), everything)
-        y = Linear(
-            (c.hidden_size,),
-            ("heads", "head_dim", "embed"),
-            c.initializer_range,
-            bias=True,
-            name="o",
-        )(y)
+        y = attend_all(project("q"), project("k"), project("v"), size, self.length)
+        axes = ("heads", "head_dim", "embed")
+        y = HeadLinear(split, width, axes, c.initializer_range, True, name="o")(y)
         x = x + LayerScale(name="ls1")(y)
         y = norm("norm2")(x).astype(x.dtype)
         y = Linear(
             (c.intermediate_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1"
         )(y)
-        y = jax.nn.gelu(constrain(y, "batch", "length", "mlp"), approximate=False)
+        # The barrier leaves GELU with fc1; else it and both products become one, slower, fusion.
+        y = jax.lax.optimization_barrier(gelu(constrain(y, "batch", "length", "mlp")))
         y = Linear((c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2")(
             y
         )
@@ -98,9 +134,11 @@ class Teacher(nn.Module):
         class_token = self.param("class", init, (1, c.hidden_size), jnp.float32)
         table = self.param("position", init, (c.grid**2 + 1, c.hidden_size), jnp.float32)
         grid = (pixels.shape[-3] // c.patch_size, pixels.shape[-2] // c.patch_size)
-        positions = jnp.concatenate([table[:1], resize_positions(table[1:], grid)])
-        cls = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
-        x = jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
+        x = x + resize_positions(table[1:], grid).astype(x.dtype)
+        last = (class_token + table[:1]).astype(x.dtype)
+        patches, length = x.shape[1], x.shape[1] + 1
+        last = jnp.pad(last, ((0, aligned(length) - length), (0, 0)))
+        x = jnp.concatenate([x, jnp.broadcast_to(last, (len(x), *last.shape))], axis=1)
         x = constrain(x, "batch", "length", "act_embed")
         layers = nn.scan(
             TeacherLayer,
@@ -110,8 +148,9 @@ class Teacher(nn.Module):
             length=c.num_layers,
             metadata_params={"name": "layers"},
         )
-        x, _ = layers(c, name="layers")(x, None)
-        return {"hidden": x, "features": self._mlp1(x[:, 1:])}
+        x, _ = layers(c, length, name="layers")(x, None)
+        patch, last = x[:, :patches], x[:, patches:length]
+        return {"hidden": jnp.concatenate([last, patch], axis=1), "features": self._mlp1(patch)}
 
     def _mlp1(self, x: jax.Array) -> jax.Array:
         c = self.config
@@ -120,7 +159,7 @@ class Teacher(nn.Module):
         x = Linear(
             (c.out_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="mlp1_fc1"
         )(x)
-        x = jax.nn.gelu(x, approximate=False)
+        x = gelu(x)
         return Linear(
             (c.out_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="mlp1_fc2"
         )(x)

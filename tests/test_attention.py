@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import attention, flash, sharding
-from hovle_jax.config import MeshConfig
+from hovle_jax import attention, flash, sharding, teacher, tile_attention
+from hovle_jax.config import MeshConfig, TeacherConfig
 from hovle_jax.errors import UserError
 
 HEADS, KV_HEADS, SIZE = 4, 2, 128
@@ -97,3 +100,81 @@ def test_query_heads_stay_with_their_kv_heads():
     attend = functools.partial(attention.attend, implementation="splash_interpret")
     with jax.set_mesh(mesh), pytest.raises(UserError, match="tensor x context must divide"):
         jax.eval_shape(attend, q, k, k, segments)
+
+
+@pytest.mark.parametrize(
+    "heads, size, places, length, block",
+    [
+        (4, 64, 272, 257, 144),  # two heads to a register; two blocks of queries, the last ragged
+        (2, 128, 48, 33, 576),
+        (4, 32, 16, 16, 576),  # nothing padded
+    ],
+)
+def test_tiles_give_the_numbers_of_xla(monkeypatch, heads, size, places, length, block):
+    monkeypatch.setattr(tile_attention, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, places, heads * size)).astype(np.float32)
+    # Padding must not matter, however large; a kernel that let it in would give NaN.
+    k[:, length:], v[:, length:] = 1e4, np.inf
+    clean = np.where(np.arange(places)[:, None] < length, v, 0.0)
+    expected = attention.attend_all(q, k, clean, size, length, "xla")
+    found = attention.attend_all(q, k, v, size, length, "tile_interpret")
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    mask = np.broadcast_to(np.arange(length) < length, (2, length, length))
+    apart = (x[:, :length].reshape(2, length, heads, size) for x in (q, k, v))
+    whole = attention.attend(*apart, mask, "xla").reshape(2, length, -1)
+    np.testing.assert_allclose(found[:, :length], whole, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(2, 1, 1, 2), MeshConfig(2, 1, 2, 1), MeshConfig(2, 1, 2, 2)]
+)
+def test_tiles_are_split_by_whole_registers(mesh):
+    """Two registers over two devices, places too by their own axis; over four, each has both."""
+    heads, size = 4, 64
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 8, 16, heads * size)).astype(np.float32)
+    attend = jax.jit(functools.partial(attention.attend_all, size=size, length=9))
+    tile = jax.jit(
+        functools.partial(
+            attention.attend_all, size=size, length=9, implementation="tile_interpret"
+        )
+    )
+    expected = attend(q, k, v)
+    devices = jax.devices()[: math.prod(dataclasses.astuple(mesh))]
+    with jax.set_mesh(sharding.make_mesh(mesh, devices)):
+        np.testing.assert_allclose(tile(q, k, v), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"norm": "rms", "qk_norm": True, "qkv_bias": False}])
+def test_the_teacher_on_tpu_is_the_teacher(monkeypatch, kind):
+    """17 places padded to 32, through the kernel, for both kinds of InternViT."""
+    config = TeacherConfig(
+        num_layers=2,
+        hidden_size=128,
+        num_heads=2,
+        intermediate_size=256,
+        image_size=56,
+        out_size=64,
+        initializer_range=0.2,
+        dtype="float32",
+        **kind,
+    )
+    rng = np.random.default_rng(0)
+    shapes = teacher.abstract_params(config)
+    params = jax.tree.map(lambda x: rng.normal(0.2, 0.2, x.shape).astype(np.float32), shapes)
+    pixels = rng.integers(0, 256, (2, 56, 56, 3), np.uint8)
+
+    def run() -> Callable:  # a new one each time: JAX remembers what a function traced to
+        return functools.partial(teacher.apply, params, config=config)
+
+    expected = jax.jit(run())(pixels)
+    tile = functools.partial(attention.attend_all, implementation="tile_interpret")
+    monkeypatch.setattr(teacher, "attend_all", tile)
+    monkeypatch.setattr(teacher, "aligned", lambda length: length + -length % 16)
+    text = str(jax.make_jaxpr(run())(pixels))
+    assert "tile_mha_fwd" in text and "[2,32,128]" in text
+    found = jax.jit(run())(pixels)
+    for name, value in expected.items():
+        assert value.shape == found[name].shape
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4)

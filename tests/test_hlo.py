@@ -49,6 +49,19 @@ def test_two_backward_kernels_make_seven_products():
     assert [k.flops / kernels[0].flops for k in kernels] == [1.0, 2.0, 1.5]
 
 
+@pytest.mark.parametrize("stated", [0, 10**12])
+def test_full_attention_counts_every_pair_and_what_it_pads(stated):
+    text = TEXT.replace(
+        "  %fusion.3 =",
+        "  %tile_mha_fwd.1 = bf16[4,512,128]{2,1,0} custom-call(%q, %q, %q), "
+        'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
+        f'{{"cost_estimate":{{"flops":"{stated}"}}}}}}\n  %fusion.3 =',
+    )
+    kernels = hlo.price(hlo.parse(text), V5E, 16).kernels
+    assert [k.flops for k in kernels[:2]] == [4 * (4 * 512 * 128) * 512 * x / 2 for x in (1, 2.5)]
+    assert kernels[2].flops == max(stated, 4 * (4 * 512 * 128) * 512)
+
+
 def test_collectives(cost):
     found = {c.kind: c for c in cost.collectives}
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}

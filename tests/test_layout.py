@@ -15,6 +15,7 @@ ORDER = [
     "hlo",
     "sharding",
     "flash",
+    "tile_attention",
     "attention",
     "layers",
     "embedding",

@@ -19,10 +19,11 @@ from hovle_jax import aot, hlo
 from hovle_jax.config import DataConfig, RunConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs"))
-from models import HOVLE_2B  # noqa: E402
+from models import HOVLE_2B, TEACHERS  # noqa: E402
 
 pytestmark = pytest.mark.tpu
 LAYERS = 2  # in each stack
+TEACHER = TEACHERS["hovle_2b"]
 TOKENS = 1536  # differs from every width of the model, so an activation is known by it
 LARGE = 2**20  # bytes: token ids are smaller, an activation or a weight is not
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
@@ -44,6 +45,23 @@ def plan_of(topology: str) -> aot.Plan:
     pytest.importorskip("libtpu", reason="needs libtpu: pip install 'hovle-jax[tpu]'")
     target = aot.topology(topology)
     return aot.make_plan(run_config(len(target.devices)), target)
+
+
+TEACHER_TILES = 2
+# The longest axis of scores: patches and class token, and what they may be padded to.
+SCORES = range(TEACHER.grid**2 + 1, 1153)
+
+
+@functools.cache
+def distill_plan() -> aot.Plan:
+    """Stage I with its vision teacher, on v5e."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'hovle-jax[tpu]'")
+    target = aot.topology("v5e:4x4")
+    config = run_config(len(target.devices))
+    data = dataclasses.replace(config.data, tiles=TEACHER_TILES)
+    teacher = dataclasses.replace(TEACHER, num_layers=LAYERS)
+    config = dataclasses.replace(config, stage="distill", data=data, teacher=teacher)
+    return aot.make_plan(config, target)
 
 
 @pytest.fixture(params=TOPOLOGIES)
@@ -114,3 +132,33 @@ def test_memory_is_bounded(plan):
     # 0.7B parameters x 12 bytes over 16 devices; 4 layers of 1,536 tokens and their scores.
     assert plan.memory.arguments < 0.6 * 2**30
     assert plan.memory.peak < 3.0 * 2**30
+
+
+def test_the_teacher_attends_in_one_kernel_a_layer():
+    (kernel,) = [k for k in distill_plan().cost.kernels if "tile" in k.name]
+    assert kernel.times == LAYERS
+    # Every pair of places, at the width of the matrix unit: twice that of a head.
+    pairs = TEACHER_TILES * TEACHER.num_heads * SCORES[0] ** 2
+    assert 1.0 < kernel.flops / (LAYERS * 4 * 128 * pairs) < 1.2
+
+
+def test_the_teachers_scores_stay_on_the_chip():
+    program = distill_plan().program
+    found = []
+    for visit in hlo.walk(program):
+        x = visit.instruction
+        if any(len(d) > 1 and d[-1] in SCORES and d[-2] in SCORES for _, d in x.arrays):
+            found.append((x.name, x.op_name or x.shape, program.source(x)))
+    complain("scores of the teacher in memory", found)
+
+
+def test_the_teachers_activations_are_not_copied():
+    """The compiler's estimate of a copy is next to nothing; turning one around is not."""
+    program = distill_plan().program
+    found = []
+    for visit in hlo.walk(program):
+        x = visit.instruction
+        inside = visit.times == LAYERS and len(x.dims) > 2
+        if x.op in ("copy", "transpose") and inside and set(x.dims) & set(SCORES):
+            found.append((x.name, x.op_name or x.shape, program.source(x)))
+    complain("an activation of the teacher is copied", found)
