@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from hovle_jax import chips, hlo, sharding, teacher, train_step
 from hovle_jax.chips import Chip
 from hovle_jax.config import RunConfig
+from hovle_jax.cost import Cost, price
 from hovle_jax.errors import UserError
 from hovle_jax.stages import get_stage
 
@@ -144,7 +145,7 @@ class Plan:
 
     memory: Memory
     model_flops: float
-    cost: hlo.Cost | None = None  # None: not compiled
+    cost: Cost | None = None  # None: not compiled
     compile_seconds: float = 0.0
     fingerprint: str = ""
     text: str = dataclasses.field(default="", repr=False)  # the scheduled HLO
@@ -180,7 +181,7 @@ def make_plan(config: RunConfig, target: Topology) -> Plan:
             limit=target.chip.hbm_bytes,
         ),
         model_flops=model_flops(config) / len(target.devices),
-        cost=hlo.price(program, target.chip, len(target.devices)),
+        cost=price(program, target.chip, len(target.devices)),
         compile_seconds=seconds,
         fingerprint=fingerprint(lowered),
         text=text,

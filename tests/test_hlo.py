@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hovle_jax import chips, hlo
+from hovle_jax.cost import price
 from hovle_jax.errors import UserError
 
 # Three trips of a loop that multiplies [64, 128] x [128, 256], with an all-gather inside a fusion,
@@ -21,7 +22,7 @@ WEIGHT = 128 * 256 * 2  # bytes
 
 @pytest.fixture(scope="module")
 def cost():
-    return hlo.price(hlo.parse(TEXT), V5E, 16)
+    return price(hlo.parse(TEXT), V5E, 16)
 
 
 def test_cycles_count_every_trip(cost):
@@ -45,7 +46,7 @@ def test_two_backward_kernels_make_seven_products():
         "  %splash_mha_dq.1 = bf16[4,512,128]{2,1,0} custom-call(%q, %kv, %kv), "
         'custom_call_target="tpu_custom_call"\n  %fusion.3 =',
     )
-    kernels = hlo.price(hlo.parse(text), V5E, 16).kernels
+    kernels = price(hlo.parse(text), V5E, 16).kernels
     assert [k.flops / kernels[0].flops for k in kernels] == [1.0, 2.0, 1.5]
 
 
@@ -57,7 +58,7 @@ def test_full_attention_counts_every_pair_and_what_it_pads(stated):
         'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
         f'{{"cost_estimate":{{"flops":"{stated}"}}}}}}\n  %fusion.3 =',
     )
-    kernels = hlo.price(hlo.parse(text), V5E, 16).kernels
+    kernels = price(hlo.parse(text), V5E, 16).kernels
     assert [k.flops for k in kernels[:2]] == [4 * (4 * 512 * 128) * 512 * x / 2 for x in (1, 2.5)]
     assert kernels[2].flops == max(stated, 4 * (4 * 512 * 128) * 512)
 
@@ -84,7 +85,7 @@ def test_collectives(cost):
 
 def test_loops_start_and_step_as_they_like():
     program = hlo.parse(TEXT.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
-    assert hlo.price(program, V5E, 16).matrix_flops == 2 * 2 * 64 * 128 * 256
+    assert price(program, V5E, 16).matrix_flops == 2 * 2 * 64 * 128 * 256
 
 
 def test_slices_that_close_into_rings():
@@ -105,3 +106,28 @@ def test_every_option_has_a_reason():
 def test_unknown_chip():
     with pytest.raises(UserError, match="chip 'v9' is not one of v4, v5e"):
         chips.get_chip("v9")
+
+
+@pytest.mark.parametrize(("words", "hidden"), [(1000, True), (4000, False)])
+def test_reductions_between_slices(words, hidden):
+    """In the loop's body, over its 1,200 cycles: 0.8 microseconds are 2,500 bytes."""
+    attributes = (
+        "channel_id=9, is_host_transfer=true, frontend_attributes={"
+        '_xla_host_transfer_rendezvous="sum_0",_xla_megascale_target="{1,2}x{0:15}",'
+        '_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    )
+    shape = f"(bf16[{words}]{{0}}, u32[], token[])"
+    text = TEXT.replace(
+        "  %fusion.1 =", f"  %send.1 = {shape} send(%k), {attributes}\n  %fusion.1 ="
+    )
+    text = text.replace(
+        "  %all-reduce.1 =",
+        f"  %recv.1 = {shape} recv(%after), {attributes}\n"
+        f"  %recv-done.1 = (bf16[{words}]{{0}}, token[]) recv-done(%recv.1), channel_id=9\n"
+        "  %all-reduce.1 =",
+    )
+    found = price(hlo.parse(text), V5E, 32).collectives
+    (network,) = (c for c in found if c.kind == "network reduction")
+    assert (network.group, network.times, network.bytes) == (2, 3, 2 * words)
+    assert network.seconds == pytest.approx(3 * 2 * words / 3.125e9)
+    assert network.hidden == hidden

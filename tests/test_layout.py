@@ -13,6 +13,7 @@ ORDER = [
     "metrics",
     "chips",
     "hlo",
+    "cost",
     "sharding",
     "flash",
     "tile_attention",

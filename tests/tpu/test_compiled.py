@@ -17,6 +17,7 @@ import pytest
 
 from hovle_jax import aot, hlo
 from hovle_jax.config import DataConfig, RunConfig
+from hovle_jax.cost import Collective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs"))
 from models import HOVLE_2B, TEACHERS  # noqa: E402
@@ -74,7 +75,7 @@ def complain(what: str, found: list[tuple[str, str, str]]) -> None:
     assert not found, f"{what}:\n" + "\n".join(f"{n} ({op}) from {src}" for n, op, src in found)
 
 
-def located(collectives: list[hlo.Collective]) -> list[tuple[str, str, str]]:
+def located(collectives: list[Collective]) -> list[tuple[str, str, str]]:
     return [(c.name, c.op_name or c.shape, c.source or "?") for c in collectives]
 
 
