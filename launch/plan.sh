@@ -2,9 +2,10 @@
 # Plans of every topology x model x stage that OUT has not yet, one JSON file each; no TPU needed.
 #   bash launch/plan.sh OUT [--dry-run] [--fast | --search] [--config.KEY=VALUE ...]
 # TOPOLOGIES, MODELS, STAGES: lists, instead of those below; "v5e:16x16*2" is two slices.
-# ROWS: per device (1); the batch grows with the topology. About a minute of one core and 2 GB a
-# plan, --search an hour. What does not compile leaves its reason in OUT/*.failed, is tried again
-# next time, and makes the status 1.
+# Rows of 4,096 tokens, half of them of images (8,192 for hovle_hd, 13 tiles), and the settings
+# found best; --config.* come after them. ROWS: per device, the batch grows with the topology.
+# Two to six minutes of one core and 2 GB a plan, --search an hour. What does not compile leaves its
+# reason in OUT/*.failed, is tried again next time, and makes the status 1.
 set -euo pipefail
 set -f # v5e:16x16*2 is no file pattern
 source "$(dirname "$0")/run.sh"
@@ -21,12 +22,19 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$out" ] || fail "where to?"
 topologies="v5e:4x4 v5e:16x16 v5e:16x16*2 v5p:4x4x4 v5p:4x4x8 v6e:4x4 v6e:16x16 tpu7x:4x4x4"
-# Text and image tokens about 1:1, as in docs/performance.md.
-row=(--config.data.tokens=4096 --config.data.tiles=8 --config.model.remat=products
-  --config.model.loss_chunk=4096)
+
+settings() { # TOPOLOGY MODEL: sets tokens, tiles, remat, chunk, rows
+  tokens=4096 tiles=8 remat=products chunk=4096 rows=1
+  case $1 in
+    v6e:*) remat=mixed ;; # its matrix units outrun its memory: less to read is faster
+    v5p:*) rows=2 ;;      # gathers, which nothing hides there, cost as much for one
+  esac
+  case $2 in hovle_hd) tokens=8192 tiles=13 remat=full chunk=1024 rows=1 ;; esac
+}
 
 plan() { # TOPOLOGY MODEL STAGE
-  local target=${1%\**} slices=1 config chips devices file
+  local target=${1%\**} slices=1 config chips devices file tokens tiles remat chunk rows
+  settings "$1" "$2"
   [ "$target" = "$1" ] || slices=${1##*\*}
   case $3 in
     1) config=configs/stage1_distill.py ;;
@@ -39,7 +47,9 @@ plan() { # TOPOLOGY MODEL STAGE
   case $target in tpu7x:*) devices=$((2 * devices)) ;; esac
   file=$out/$2-stage$3-${target/:/-}x$slices
   local command=(hovle plan "--config=$config:$2" "--topology=$target" "--slices=$slices"
-    "--config.data.rows=$((${ROWS:-1} * devices))" "${row[@]}" "${more[@]}" "--json=$file.part")
+    "--config.data.rows=$((${ROWS:-$rows} * devices))" "--config.data.tokens=$tokens"
+    "--config.data.tiles=$tiles" "--config.model.remat=$remat" "--config.model.loss_chunk=$chunk"
+    "${more[@]}" "--json=$file.part")
   # Written beside and moved: a plan that was killed is not a plan, nor one of another command.
   if [ -s "$file.json" ] && [ "$(cat "$file.command" 2>/dev/null)" = "${command[*]}" ]; then
     return
