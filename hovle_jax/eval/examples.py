@@ -50,13 +50,15 @@ class Example:
     @property
     def answers(self) -> list[str]:
         """All accepted answers: a list, the Python spelling of one (VLMEvalKit), or a text."""
+        texts = self.answers_as_written
+        return listed(texts[0]) if len(texts) == 1 else texts
+
+    @property
+    def answers_as_written(self) -> list[str]:
+        """The same, but a text that spells a list is a text."""
         self.field("answer")
         value = self.fields["answer"]
-        return listed(value) if isinstance(value, str) else [str(x) for x in _as_list(value)]
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+        return [str(x) for x in value] if isinstance(value, list) else [str(value)]
 
 
 def listed(text: str) -> list[str]:

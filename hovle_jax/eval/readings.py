@@ -90,12 +90,13 @@ def _relaxed(example: Example, answer: str) -> tuple[str, float]:
 
 def _relaxed_internvl(example: Example, answer: str) -> tuple[str, float]:
     """Theirs calls the metric with the two the other way round: 5% of the *answer*."""
-    said = answer.strip()
-    return said, float(any(short.within_5_percent(other, said) for other in example.answers))
+    said, accepted = answer.strip(), example.answers_as_written
+    return said, float(any(short.within_5_percent(other, said) for other in accepted))
 
 
 def _relaxed_lmms_eval(example: Example, answer: str) -> tuple[str, float]:
-    return answer, float(any(short.within_5_percent(answer, other) for other in example.answers))
+    accepted = example.answers_as_written
+    return answer, float(any(short.within_5_percent(answer, other) for other in accepted))
 
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
@@ -114,7 +115,7 @@ def _mmmu_vlmevalkit(example: Example, answer: str) -> tuple[str, float]:
     known, truth = example.options, example.field("answer")
     if "A" not in known:
         known = {**known, "A": truth, "B": "Other Answers"}
-    letter = options.vlmevalkit(answer, known)
+    letter = options.vlmevalkit(answer, known) or "Z"  # theirs for none, so the answer 'Z' is given
     return letter, float(letter == (truth if truth and truth in LETTERS else "A"))
 
 

@@ -57,8 +57,8 @@ def markdown_row(found: dict[str, Any]) -> str:
     task: Task = TASKS[found["task"]]
     low, high = found["interval"]
     published = "; ".join(
-        f"{entry.model} {' '.join(filter(None, (f'{entry.value:g}', entry.metric)))} ({entry.source})"
-        for entry in task.published
+        " ".join(filter(None, (p.model, f"{p.value:g}", p.metric, f"({p.source})")))
+        for p in task.published
     )
     rows = f"{found['rows']}, {found['failed']} failed" if found["failed"] else f"{found['rows']}"
     cells = (task.title, found["metric"], found["dialect"], f"{found['value']:.1f}")
