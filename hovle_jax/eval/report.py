@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,14 @@ def results(
             "seed": seed,
             "interval": "percentile, 95%",
         },
-        "values": {k: {"value": scores[k], "interval": intervals[k]} for k in scores},
+        "values": {k: {"value": scores[k], "interval": _known(intervals[k])} for k in scores},
         "published": [dataclasses.asdict(entry) for entry in task.published],
         "hovle_jax": __version__,
     }
+
+
+def _known(interval: tuple[float, float]) -> tuple[float, float] | None:
+    return None if math.isnan(interval[0]) else interval  # JSON has no nan
 
 
 def markdown_row(found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -56,7 +57,8 @@ class Tally:
                 some = sums[start : start + 64]
                 some += rng.multinomial(len(own), chances, size=len(some)) @ own
         values = self.values({name: sums[:, i] for i, name in enumerate(names)})
-        with np.errstate(invalid="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a rare category may never be drawn
             bounds = {k: np.nanpercentile(v, [2.5, 97.5]) for k, v in values.items()}
         return {k: (float(low), float(high)) for k, (low, high) in bounds.items()}
 
@@ -138,7 +140,7 @@ def circular(rows: Sequence[Scored]) -> Tally:
 def _index(example: Example) -> int:
     try:
         return int(float(example.id))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{example.where}: index {example.id!r} is no integer") from None
 
 

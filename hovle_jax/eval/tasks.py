@@ -139,7 +139,7 @@ TASKS: dict[str, Task] = {
         prompt=prompts.seed,
         new_tokens=_tokens(10, 16),
         readings=readings.SEED,
-        keep=lambda example: 1 <= int(example.fields.get("question_type_id", 1)) <= 9,
+        keep=lambda example: str(example.fields.get("question_type_id", 1)) in set("123456789"),
         published=(Published("HoVLE", 70.7, MMMAMBA), Published("HoVLE-HD", 70.9, NEO)),
     ),
     "pope": Task(
