@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_bench, cli_data, cli_plan, cli_serve
+from hovle_jax import __version__, cli_bench, cli_data, cli_eval, cli_plan, cli_serve
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -253,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--live", default="", metavar="HF_DIR", help="run HF_DIR in PyTorch")
 
     cli_serve.add_commands(commands)
+    cli_eval.add_commands(commands)
     return parser
 
 
