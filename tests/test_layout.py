@@ -85,6 +85,7 @@ ORDER = [
     "batch",
     "serve.protocol",
     "serve.worker",
+    "serve.page",
     "serve.app",
     "hosts",
     "train",

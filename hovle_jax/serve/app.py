@@ -1,4 +1,4 @@
-"""The ASGI application: /v1/models, /v1/chat/completions, /health, /metrics."""
+"""The ASGI application: /v1/models, /v1/chat/completions, /health, /metrics, a chat page at /."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hovle_jax.chat import Assistant
 from hovle_jax.data.records import Record
 from hovle_jax.engine import Engine, Progress, Request
 from hovle_jax.errors import UserError
+from hovle_jax.serve.page import page
 from hovle_jax.serve.protocol import (
     Ask,
     Limits,
@@ -48,6 +49,7 @@ def create_app(
     """
     server = _Server(assistant, engine, name, limits, api_key)
     routes = [
+        Route("/", page),
         Route("/v1/models", server.models),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/health", server.health),
