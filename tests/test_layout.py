@@ -14,6 +14,7 @@ ORDER = [
     "chips",
     "hlo",
     "sharding",
+    "quantize",
     "flash",
     "attention",
     "layers",
@@ -64,6 +65,8 @@ ORDER = [
     "initialize",
     "decode",
     "sampling",
+    "slots",
+    "prefix",
     "engine",
     "generate",
     "hf.cases",
@@ -86,6 +89,7 @@ ORDER = [
     "serve.protocol",
     "serve.worker",
     "serve.page",
+    "serve.openapi",
     "serve.app",
     "hosts",
     "train",
@@ -133,7 +137,7 @@ def test_the_list_is_complete():
     found = {
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
         for p in ROOT.rglob("*.py")
-        if p.name not in ("__init__.py", "torch_worker.py") and p.parent.name != "remote"
+        if not p.name.endswith(("__init__.py", "torch_worker.py")) and p.parent.name != "remote"
     }
     assert found == set(ORDER)
 
