@@ -59,11 +59,10 @@ def kernels(params) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): x for path, x in leaves if str(path[-1].key) == "kernel"}
 
 
-@LOCATIONS
-def test_int8_weights(loc):
+def test_int8_weights():
     """Every score of a prompt within 5% of the scores' range; the best token the same at four
     places in five, though the scores of random weights lie close; a quarter of float32's bytes."""
-    config, own = CONFIGS[loc], params_of(loc)
+    config, own = PRE, params_of("pre")
     prepared = compute_params(own, config, int8=True)
     plain, small = kernels(compute_params(own, config)), kernels(prepared)
     assert plain.keys() == small.keys() and all(x.dtype == jnp.int8 for x in small.values())
@@ -78,13 +77,12 @@ def test_int8_weights(loc):
     assert np.mean(near.argmax(-1) == exact.argmax(-1)) > 0.8
 
 
-@LOCATIONS
-def test_int8_cache(loc):
+def test_int8_cache():
     """Twenty given tokens after a prompt: every score within 5% of the scores' range, the best
     token the same at four places in five."""
-    config, one = CONFIGS[loc], request(2, 2, 1, text=40)
+    config, one = CONFIGS["post"], request(2, 2, 1, text=40)
     batch = {"input_ids": one.prompt[None], "pixels": one.tiles[None]}
-    _, cache = model.prefill(params_of(loc), batch, config, 96)
+    _, cache = model.prefill(params_of("post"), batch, config, 96)
     step = jax.jit(functools.partial(decode_step, config=config))
     tokens = np.random.default_rng(1).integers(3, 80, 20).astype(np.int32)
     scores = []
@@ -98,7 +96,7 @@ def test_int8_cache(loc):
         } | {"lengths": cache["lengths"]}
         found = []
         for token in tokens:
-            out, own = step(unstack(params_of(loc)), token[None], own)
+            out, own = step(unstack(params_of("post")), token[None], own)
             found.append(np.asarray(out[0]))
         assert own["decoder"][0]["k"].dtype == (jnp.int8 if int8 else jnp.float32)
         scores.append(np.array(found))
@@ -177,9 +175,8 @@ def test_memory_of_prefixes_is_bounded():
 
 def test_an_engine_without_room_for_prefixes_answers_the_same():
     requests = [about(1, 1), about(1, 2)]
-    config = dataclasses.replace(PRE, decoder=PRE.embedding)
-    expected = run(Engine(params_of_one(), config, **SHARED), requests)
-    engine = Engine(params_of_one(), config, **SHARED, prefix_bytes=1)
+    expected = run(Engine(params_of("pre"), PRE, **SHARED), requests)
+    engine = Engine(params_of("pre"), PRE, **SHARED, prefix_bytes=1)
     assert run(engine, requests, 1) == expected
     assert engine.prefixes.misses == 2 and engine.prefixes.bytes == 0
 
@@ -205,7 +202,7 @@ def test_a_prefix_is_named_by_its_content():
 # Several devices
 
 
-@LOCATIONS
+@pytest.mark.parametrize("loc", ["pre", pytest.param("post", marks=pytest.mark.slow)])
 def test_four_devices_answer_as_one(loc):
     """2 x 2: slots over `data`, heads, MLP and vocabulary over `tensor`; images read before too."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
@@ -219,6 +216,7 @@ def test_four_devices_answer_as_one(loc):
     assert up.sharding.shard_shape(up.shape) == (32, 24)  # of 48
 
 
+@pytest.mark.slow  # with the other slow ones: the parts are tested apart
 def test_int8_on_several_devices():
     """Everything at once, and a number of prompts that devices do not divide."""
     config = dataclasses.replace(PRE, decoder=PRE.embedding)
@@ -240,27 +238,37 @@ def test_int8_on_several_devices():
 # The command line
 
 
-def test_flags_reach_the_engine(release, tmp_path, one_line_error):
+@pytest.fixture
+def questions(release, tmp_path):
+    """(command line of `hovle generate` over two questions about one image, input, output)."""
     image = str(release.parent / "image.png")
     rows = [{"prompt": "a b", "image": image}, {"prompt": "which", "image": image}]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["generate", str(release), f"--input={source}", f"--output={target}"]
-    argv += ["--slots=2", "--context=256", "--max-new-tokens=6"]
+    return [*argv, "--slots=2", "--context=256", "--max-new-tokens=6"], source, target
+
+
+@pytest.mark.slow  # with the other slow ones: the parts are tested apart
+def test_flags_reach_the_engine(release, questions):
+    argv, source, target = questions
     assert main([*argv, "--mesh=1x2", "--int8-weights", "--int8-kv"]) == 0
-    answers = [json.loads(line)["answer"] for line in target.read_text().splitlines()]
     assistant = Assistant.load(release, int8_weights=True)
     engine = assistant.engine(slots=2, context=256, int8_cache=True)
-    settings = Settings(max_new_tokens=6)
-    answer_file(assistant, engine, str(source), str(tmp_path / "same.jsonl"), settings)
-    same = (tmp_path / "same.jsonl").read_text().splitlines()
-    assert [json.loads(line)["answer"] for line in same] == answers
-    target.unlink()
-    for flag, message in (
+    same = source.with_name("same.jsonl")
+    answer_file(assistant, engine, str(source), str(same), Settings(max_new_tokens=6))
+    assert target.read_text() == same.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
         ("--mesh=3x3", "--mesh 3x3 needs 9 devices, found 8"),
         ("--mesh=2", "--mesh must be two numbers, as 2x4, not 2"),
         ("--mesh=0x2", "--mesh must be two numbers"),
         ("--mesh=4x1", "2 slots cannot be split over 4 devices"),
         ("--prefix-mib=-1", "--prefix-mib must be 0 or more"),
-    ):
-        assert message in one_line_error([*argv, flag])
+    ],
+)
+def test_wrong_flags(questions, one_line_error, flag, message):
+    assert message in one_line_error([*questions[0], flag])
