@@ -14,7 +14,8 @@ from hovle_jax.data.image import open_image
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
-from hovle_jax.engine import Engine, Request, compute_params
+from hovle_jax.decode import compute_params
+from hovle_jax.engine import Engine, Request
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
 from hovle_jax.sampling import Sampling
@@ -35,18 +36,31 @@ class Question:
 class Assistant:
     """A loaded model with its tokenizer, chat template and tile settings."""
 
-    def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, data: DataConfig):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        *,
+        int8_weights: bool = False,
+        mesh: Any = None,
+    ):
         check_tokenizer(tokenizer, config)
         self.config, self.tokenizer = config, tokenizer
-        self.params = compute_params(params, config)
+        self.params = compute_params(params, config, int8=int8_weights, mesh=mesh)
+        self._mesh = mesh
         self.tiler = Tiler(config, data, None)
         self._template, self._system = get_template(data.template), data.system
 
     @classmethod
-    def load(cls, directory: str | Path) -> Assistant:
+    def load(
+        cls, directory: str | Path, *, int8_weights: bool = False, mesh: Any = None
+    ) -> Assistant:
         """From a run's work directory, an imported model or a Hugging Face directory.
 
-        All of them know their own template and tile limits.
+        All of them know their own template and tile limits. int8_weights: matrices take a byte a
+        number. mesh: the devices that share the work (`engine.Engine`); default: one.
         """
         stored, params = checkpoint.load(directory)
         if "decoder/norm/scale" not in stored.paths or "embedding/vision/position" not in (
@@ -54,7 +68,8 @@ class Assistant:
         ):
             raise UserError(f"{directory}: holds no whole model (stage II and later do)")
         tokenizer = Tokenizer.load(stored.tokenizer)
-        return cls(stored.model, params, tokenizer, stored.data or DataConfig())
+        data = stored.data or DataConfig()
+        return cls(stored.model, params, tokenizer, data, int8_weights=int8_weights, mesh=mesh)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -65,12 +80,20 @@ class Assistant:
         """Tiles of any one image, and of a few: several share the budget, thumbnails come extra."""
         return self.tiler.max_tiles + 4 * self.tiler.thumbnail
 
-    def engine(self, *, slots: int, context: int, tiles: int = 0, chunk: int = 8) -> Engine:
+    def engine(
+        self, *, slots: int, context: int, tiles: int = 0, chunk: int = 8, **options: Any
+    ) -> Engine:
         """An engine for requests of at most `context` tokens and `tiles` tiles (default: the
-        model's own limit)."""
-        tiles = tiles or self.max_tiles
+        model's own limit); `options` as of `Engine`."""
         return Engine(
-            self.params, self.config, slots=slots, capacity=context, tiles=tiles, chunk=chunk
+            self.params,
+            self.config,
+            slots=slots,
+            capacity=context,
+            tiles=tiles or self.max_tiles,
+            chunk=chunk,
+            mesh=self._mesh,
+            **options,
         )
 
     def request(self, question: Question, *, max_new: int, sampling: Sampling = GREEDY) -> Request:
@@ -96,7 +119,8 @@ class Assistant:
         """Answers to a batch of questions; greedy unless `sampling` says otherwise."""
         requests = [self.request(q, max_new=max_new, sampling=sampling) for q in questions]
         prompts, tiles = [r.prompt for r in requests], [r.tiles for r in requests]
-        out = generate(self.params, self.config, prompts, tiles, max_new=max_new, sampling=sampling)
+        options: Any = {"max_new": max_new, "sampling": sampling, "mesh": self._mesh}
+        out = generate(self.params, self.config, prompts, tiles, **options)
         return [self.tokenizer.decode(ids).strip() for ids in out]
 
     def stream(
@@ -136,7 +160,7 @@ CHAT_CONTEXT = 8192  # tokens of prompt and answer
 class Chat:
     """One conversation in a terminal: lines in, text out.
 
-    Images wait until the next question, which they are put before.
+    Images wait until the next question, which they are put before. `prefix_bytes` as of `Engine`.
     """
 
     def __init__(
@@ -145,12 +169,15 @@ class Chat:
         images: Sequence[str],
         max_new: int,
         sampling: Sampling = GREEDY,
+        prefix_bytes: int = 0,
         write: Callable[[str], Any] = lambda text: print(text, end="", flush=True),
     ):
         self._assistant, self._max_new, self._sampling = assistant, max_new, sampling
         # Every image of a conversation may be tiled by itself, so the limit is the context's.
         tiles = CHAT_CONTEXT // assistant.config.tokens_per_tile
-        self._engine = assistant.engine(slots=1, context=CHAT_CONTEXT, tiles=tiles, chunk=4)
+        self._engine = assistant.engine(
+            slots=1, context=CHAT_CONTEXT, tiles=tiles, chunk=4, prefix_bytes=prefix_bytes
+        )
         self._write = write
         self._turns: tuple[Turn, ...] = ()
         self._images: tuple[str, ...] = ()

@@ -97,6 +97,13 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     generate.add_argument("--batch", type=int, default=1)
     generate.add_argument("--repeats", type=int, default=5)
     generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="")
+    generate.add_argument(
+        "--reference", default="", metavar="DIR", help="public PyTorch code, taking turns"
+    )
+    generate.add_argument("--python", default="", help="interpreter that runs --reference")
+    generate.add_argument(
+        "--attention", choices=("eager", "flash"), default="eager", help="of --reference, as train"
+    )
 
     for command in (data, packing, generate, *steps):
         command.add_argument("--json", default="", metavar="FILE")
@@ -145,6 +152,7 @@ def _steps(args: argparse.Namespace, rest: list[str], kind: str, load_config: Lo
 
 def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from hovle_jax.bench import generate
+    from hovle_jax.bench.reference import GenerateReference
 
     if rest:
         return _unknown(rest)
@@ -154,7 +162,12 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     ):
         if value < least:
             raise UserError(f"--{name} must be {least} or more, not {value}")
-    report = generate.run_generate(args.model_dir, *shape, args.dtype)
+    reference = functools.partial(
+        GenerateReference, args.reference, python=args.python, attention=args.attention
+    )
+    report = generate.run_generate(
+        args.model_dir, *shape, args.dtype, reference if args.reference else None
+    )
     return _show(report, generate.generate_text(report), args.json)
 
 

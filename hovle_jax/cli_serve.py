@@ -12,6 +12,8 @@ from typing import Any
 from hovle_jax.cli_data import add_command
 from hovle_jax.errors import UserError
 
+PREFIX_MIB = 1024
+
 
 def add_commands(commands: Any) -> None:
     """Adds the commands to those of `hovle`."""
@@ -72,6 +74,20 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--context", type=int, default=8192, help="most tokens of a prompt and its answer"
     )
+    command.add_argument("--int8-weights", action="store_true", help="half of bfloat16's bytes")
+    command.add_argument("--int8-kv", action="store_true", help="the same for the cache")
+    command.add_argument(
+        "--prefix-mib",
+        type=int,
+        default=PREFIX_MIB,
+        help="memory that keeps images read before, for the next question about them; 0: none",
+    )
+    command.add_argument(
+        "--mesh",
+        default="1x1",
+        metavar="DATAxTENSOR",
+        help="devices: groups that share the slots x devices that share each layer",
+    )
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -96,6 +112,34 @@ def _at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
 
 
+def _load(args: argparse.Namespace) -> Any:
+    """The model directory as an Assistant on the devices that are asked for."""
+    import jax
+
+    from hovle_jax.chat import Assistant
+    from hovle_jax.config import MeshConfig
+    from hovle_jax.sharding import make_mesh
+
+    sizes = args.mesh.split("x")
+    if len(sizes) != 2 or not all(s.isdecimal() and int(s) for s in sizes):
+        raise UserError(f"--mesh must be two numbers, as 2x4, not {args.mesh}")
+    data, tensor = map(int, sizes)
+    devices = jax.devices()
+    if data * tensor > len(devices):
+        raise UserError(f"--mesh {args.mesh} needs {data * tensor} devices, found {len(devices)}")
+    mesh = None
+    if data * tensor > 1:
+        mesh = make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), devices[: data * tensor])
+    return Assistant.load(args.model_dir, int8_weights=args.int8_weights, mesh=mesh)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the engine."""
+    if args.prefix_mib < 0:
+        raise UserError("--prefix-mib must be 0 or more")
+    return {"int8_cache": args.int8_kv, "prefix_bytes": args.prefix_mib * 2**20}
+
+
 def _chat(args: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         return _unknown("chat", rest)
@@ -105,7 +149,8 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> int:
     sampling = _sampling(args)
     assistant = Assistant.load(args.model_dir)
     if args.prompt is None:
-        interactive(Chat(assistant, args.image, args.max_new_tokens, sampling))
+        chat = Chat(assistant, args.image, args.max_new_tokens, sampling, PREFIX_MIB * 2**20)
+        interactive(chat)
     else:
         question = first_question(args.prompt, args.image)
         print(assistant.answer([question], max_new=args.max_new_tokens, sampling=sampling)[0])
@@ -116,12 +161,11 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         return _unknown("generate", rest)
     from hovle_jax.batch import Settings, answer_file
-    from hovle_jax.chat import Assistant
 
     _at_least_one(args, "max_new_tokens", "slots", "context")
     settings = Settings(args.max_new_tokens, _sampling(args), tuple(filter(None, args.stop)))
-    assistant = Assistant.load(args.model_dir)
-    engine = assistant.engine(slots=args.slots, context=args.context)
+    assistant = _load(args)
+    engine = assistant.engine(slots=args.slots, context=args.context, **_options(args))
     before, now, errors = answer_file(assistant, engine, args.input, args.output, settings)
     was = f" ({before} were there)" if before else ""
     print(f"{args.output}: {now} rows{was}, {errors} of them errors")
@@ -137,7 +181,6 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
         from hovle_jax.serve.app import create_app
     except ImportError as error:
         raise UserError(f"hovle serve needs {error.name}: pip install 'hovle-jax[serve]'") from None
-    from hovle_jax.chat import Assistant
     from hovle_jax.serve.protocol import Limits
 
     positive = "slots context queue drain max_body_mib max_pixels max_tiles max_new_tokens"
@@ -152,8 +195,10 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
         queue=args.queue,
         seconds=args.timeout,
     )
-    assistant = Assistant.load(args.model_dir)
-    engine = assistant.engine(slots=args.slots, context=args.context, tiles=args.max_tiles)
+    assistant = _load(args)
+    engine = assistant.engine(
+        slots=args.slots, context=args.context, tiles=args.max_tiles, **_options(args)
+    )
     name = args.name or Path(args.model_dir).resolve().name
     key = os.environ.get("HOVLE_API_KEY", "")
     app = create_app(assistant, engine, name=name, limits=limits, api_key=key)

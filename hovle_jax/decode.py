@@ -8,6 +8,8 @@ a layer's weights are read in place and its cache is extended in place.
 
     cache = {"embedding": ({"k", "v" [B, M, K, D]}, ... per layer), "decoder": (...),
              "lengths": {"embedding": int32 [B], "decoder": int32 [B]}}
+
+Caches and matrices may be in int8 (`quantize.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hovle_jax import model
+from hovle_jax import model, sharding
 from hovle_jax.config import LayersConfig, ModelConfig
 from hovle_jax.embedding import TextTable
 from hovle_jax.layers import Layer, RMSNorm
+from hovle_jax.quantize import quantize_kernels
+from hovle_jax.tree import flatten
 
 STACKS = ("embedding", "decoder")
 
@@ -53,6 +57,37 @@ def restack(params: Any) -> Any:
 
 def _replace_layers(params: Any, layers: dict[str, Any]) -> Any:
     return params | {name: params[name] | {"layers": layers[name]} for name in STACKS}
+
+
+def compute_params(
+    params: Any, config: ModelConfig, *, int8: bool = False, mesh: Any = None
+) -> Any:
+    """Parameters as decoding wants them, from the model's or from prepared ones (which stay as they
+    are): layers apart, matrices in the dtype they are computed in, or in int8. Decoding is as fast
+    as memory delivers them. With a mesh, split over it as `sharding.RULES` says."""
+
+    def cast(path: Any, x: Any) -> Any:
+        # The other parameters are small, and some are used in float32 first.
+        matrix = str(path[-1].key).endswith(("kernel", "table")) and x.dtype != jnp.int8
+        return x.astype(config.dtype) if matrix and config.dtype != "float32" else x
+
+    apart = unstack(params)
+    apart = quantize_kernels(apart) if int8 else apart
+    apart = jax.tree_util.tree_map_with_path(cast, apart)
+    return apart if mesh is None else jax.device_put(apart, _shardings(apart, config, mesh))
+
+
+def _shardings(params: Any, config: ModelConfig, mesh: Any) -> Any:
+    axes_of = flatten(model.param_axes(config))
+
+    def sharding_of(path: Any, x: Any) -> Any:
+        name = "/".join(key.key for key in path if hasattr(key, "key"))
+        axes = axes_of[name.removesuffix("_scale")]
+        # Without the axis of stacked layers, and the scales of a matrix without its inputs.
+        own = sharding.spec(axes[len(axes) - x.ndim :], x.shape, mesh)
+        return jax.sharding.NamedSharding(mesh, own)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, params)
 
 
 def decode_step(

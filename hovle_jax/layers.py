@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hovle_jax.attention import attend
 from hovle_jax.config import LayersConfig
 from hovle_jax.errors import UserError
+from hovle_jax.quantize import dequantize_heads, quantize_heads
 from hovle_jax.sharding import constrain, platform
 
 # What a layer keeps from its forward pass for the backward one; everything else is recomputed.
@@ -89,7 +90,7 @@ class Linear(nn.Module):
     """y = x @ kernel (+ bias); `axes` names the kernel's axes, input axes first.
 
     The input axes are the last of x and contract with the first of the kernel; the kernel is cast
-    to x's dtype.
+    to x's dtype. One in int8 comes with its scales (`quantize.py`).
     """
 
     features: tuple[int, ...]
@@ -111,6 +112,9 @@ class Linear(nn.Module):
             y = y.reshape(*x.shape[: x.ndim - num_in], *self.features)
         else:
             y = jnp.tensordot(x, kernel, num_in)
+        if self.has_variable("params", "kernel_scale"):
+            scale: jax.Array = self.get_variable("params", "kernel_scale")
+            y = (y.astype(jnp.float32) * scale).astype(y.dtype)
         if self.bias:
             zeros = named(nn.initializers.zeros, *self.axes[num_in:])
             y = y + self.param("bias", zeros, self.features, jnp.float32).astype(x.dtype)
@@ -188,7 +192,8 @@ class LayerInputs:
     starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
 
 
-Cache = dict[str, jax.Array]  # {"k": [L, B, M, K, D], "v": same}
+# {"k": [L, B, M, K, D], "v": same}; in int8 with "k_scale" [L, B, M, K], "v_scale"
+Cache = dict[str, jax.Array]
 
 
 def output_std(config: LayersConfig) -> float:
@@ -217,11 +222,14 @@ class Attention(nn.Module):
         q = apply_rope(project("q", c.num_heads, "heads"), inputs.cos, inputs.sin)
         k = apply_rope(project("k", c.num_kv_heads, "kv_heads"), inputs.cos, inputs.sin)
         v = project("v", c.num_kv_heads, "kv_heads")
+        kv = {"k": k, "v": v}
         if cache is not None:
             assert inputs.starts is not None
-            k, v = _write(cache["k"], k, inputs.starts), _write(cache["v"], v, inputs.starts)
+            new = quantize_heads(kv) if "k_scale" in cache else kv
+            kv = {name: _write(cache[name], x, inputs.starts) for name, x in new.items()}
         how = self.implementation if cache is None else "xla"
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), inputs.mask, how)
+        k, v = (dequantize_heads(kv, name, q.dtype) for name in ("k", "v"))
+        y = attend(q, k, v, inputs.mask, how)
         o = Linear(
             (c.hidden_size,),
             ("heads", "head_dim", "embed"),
@@ -229,11 +237,11 @@ class Attention(nn.Module):
             bias=c.out_bias,
             name="o",
         )
-        return o(y), {"k": k, "v": v}
+        return o(y), kv
 
 
 def _write(cache: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    """Puts [B, S, K, D] into slots starts[b].. of [B, M, K, D]."""
+    """Puts [B, S, ...] into slots starts[b].. of [B, M, ...]."""
     update = jax.lax.dynamic_update_slice_in_dim
     return jax.vmap(lambda c, n, s: update(c, n.astype(c.dtype), s, axis=0))(cache, new, starts)
 

@@ -234,7 +234,9 @@ def head_kernel(params: Params) -> jax.Array:
 
 def logits(params: Params, x: jax.Array) -> jax.Array:
     """Hidden [..., E] -> float32 scores [..., V]."""
-    return (x @ head_kernel(params).astype(x.dtype)).astype(jnp.float32)
+    scores = (x @ head_kernel(params).astype(x.dtype)).astype(jnp.float32)
+    scale = params["decoder"]["head"].get("kernel_scale")  # of a head in int8
+    return scores if scale is None else scores * scale
 
 
 def apply(
@@ -268,6 +270,21 @@ def prefill(
         cache["lengths"][stack] = extra["lengths"]
     last = jnp.take_along_axis(x, cache["lengths"]["decoder"][:, None, None] - 1, axis=1)[:, 0]
     return logits(params, last), cache
+
+
+def extend(
+    params: Params, ids: jax.Array, counts: jax.Array, cache: Cache, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
+    """Text after what a cache holds -> (scores of each row's next token, float32 [B, V]; cache).
+
+    ids: int32 [B, S]. counts: int32 [B], how many of a row's ids count; the others are padding on
+    the right. The cache needs room for S tokens.
+    """
+    model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True, cached=True)
+    x, new = _run(model, params, ids, cache, method="extend")
+    lengths = {name: length + counts for name, length in cache["lengths"].items()}
+    last = jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)[:, 0]
+    return logits(params, last), new | {"lengths": lengths}
 
 
 def decode_step(

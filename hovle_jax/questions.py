@@ -14,6 +14,7 @@ from hovle_jax.sampling import Sampling
 PROMPT_KEYS = ("prompt", "question")
 TALK_KEYS = ("messages", "conversations")
 ANSWERS = ("assistant", "gpt")
+MAX_STOPS = 16
 
 
 def question_of(row: Mapping[str, Any], where: str, root: str = "") -> Question:
@@ -74,10 +75,10 @@ def number(value: Any, whole: bool, where: str) -> Any:
 
 
 def stop_of(value: Any, where: str) -> tuple[str, ...]:
-    """Stop strings: null, a string or a list of at most 16."""
+    """Stop strings: null, a string or a list of at most MAX_STOPS."""
     found = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(s, str) and s for s in found):
         raise UserError(f"{where}: stop must be a string or a list of strings, none of them empty")
-    if len(found) > 16:
-        raise UserError(f"{where}: {len(found)} stop strings are more than 16")
+    if len(found) > MAX_STOPS:
+        raise UserError(f"{where}: {len(found)} stop strings are more than {MAX_STOPS}")
     return tuple(found)

@@ -22,6 +22,7 @@ from hovle_jax.errors import UserError
 Array = jax.Array | np.ndarray
 REMOVED = -1e30  # finite: a row's scores stay comparable whatever was removed
 MAX_SEED = 2**32 - 1
+MAX_TOP = 20  # likeliest tokens that can be reported beside the one that was chosen
 
 
 @dataclasses.dataclass(frozen=True)

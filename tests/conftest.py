@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 import hovle_jax
-from hovle_jax import engine, model, teacher
+from hovle_jax import model, slots, teacher
 from hovle_jax.checkpoint import save_model
 from hovle_jax.config import (
     DataConfig,
@@ -175,16 +175,18 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_compilation() -> None:
     """Compiles the engine without optimisation: its tests are all compilation, with many shapes."""
     for name, static in (
-        ("_prefill", ("room", "drawn")),
-        ("_decode", ("chunk", "windows", "drawn")),
+        ("prefill", ("room", "drawn", "top")),
+        ("prefill_prefix", ("room",)),
+        ("resume", ("drawn", "top")),
+        ("decode", ("chunk", "windows", "drawn", "top")),
     ):
         quick = jax.jit(
-            getattr(engine, name).__wrapped__,
+            getattr(slots, name).__wrapped__,
             static_argnames=("config", *static),
-            donate_argnames="state",
+            donate_argnames=() if name == "prefill_prefix" else "state",
             compiler_options={"xla_backend_optimization_level": 0},
         )
-        setattr(engine, name, quick)
+        setattr(slots, name, quick)
 
 
 @pytest.fixture

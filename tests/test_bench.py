@@ -15,6 +15,7 @@ from hovle_jax.bench import data, demand, generate, packing, reference, steps, s
 from hovle_jax.cli import main
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig, to_dict
 from hovle_jax.data.pack import best_fit
+from hovle_jax.generate import generate as hovle_generate
 from tests import small
 
 STREAM = packing.synthetic_lengths(6000, seed=0)
@@ -321,6 +322,55 @@ def test_bench_generate(tmp_path, capsys, monkeypatch, one_line_error):
     assert "ms a token" in capsys.readouterr().out
     assert "--new must be 2 or more" in one_line_error([*argv, "--new", "1"])
     assert "1 tiles alone take 7 tokens" in one_line_error([*argv, "--prompt", "6"])
+
+
+GENERATE_WORKER = """
+import json, sys
+import numpy as np
+code, directory, batch, settings = sys.argv[1:]
+batch = np.load(batch)
+assert batch["input_ids"].shape == (30,) and batch["pixel_values"].shape == (1, 3, 28, 28)
+print(json.dumps({"description": "a stand-in"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    tokens, slow = TOKENS[: asked["steps"]], asked["work"] == "public"
+    assert len(tokens) == (4 if slow else 6)
+    last = 1 + (len(tokens) - 1) * (10 if slow else 2)
+    answer = {"tokens": tokens, "seconds": [1, last], "cpu_seconds": [2, 2 * last]}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_bench_generate_beside_a_reference(tmp_path, capsys, monkeypatch, one_line_error):
+    """The protocol, the ratios turn by turn, and the refusal to time other work."""
+    monkeypatch.setattr(generate, "DEFAULT", small.PRE)
+    params = model.init(jax.random.key(0), small.PRE)
+    asked = generate._request(small.PRE, 30, 6, 1, 0)
+    prompts = {"max_new": 6, "stop_ids": ()}
+    tokens = hovle_generate(params, small.PRE, [asked.prompt], [asked.tiles], **prompts)[0]
+    worker, code, out = tmp_path / "worker.py", tmp_path / "code", tmp_path / "report.json"
+    monkeypatch.setattr(reference, "GENERATE_WORKER", worker)
+    code.mkdir()
+    (code / "modeling_internvl_chat.py").touch()
+    argv = ["bench", "generate", "--prompt=30", "--new=6", "--repeats=2", f"--reference={code}"]
+
+    worker.write_text(GENERATE_WORKER.replace("TOKENS", repr(tokens)))
+    assert main([*argv, "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    found = report["reference"]
+    for name, token in (("transformers", 2.0), ("public", 10.0)):
+        assert found[name]["prefill"]["seconds"] == 1.0
+        assert found[name]["token"]["seconds"] == token
+        assert found[name]["token"]["cpu_seconds"] == 2 * token
+        assert found[name]["answer"]["seconds"] == 1 + 5 * token
+        assert len(found[name]["answer"]["ratios"]) == 2
+    ours = [10 / ratio for ratio in found["public"]["token"]["ratios"]]
+    assert np.median(ours) == pytest.approx(report["decode_seconds_per_token"])
+    assert "a stand-in" in capsys.readouterr().out
+
+    assert "answers one prompt at a time" in one_line_error([*argv, "--batch", "2"])
+    worker.write_text(GENERATE_WORKER.replace("TOKENS", repr([*tokens[:-1], tokens[-1] ^ 1])))
+    assert "transformers answers" in one_line_error(argv)
 
 
 def test_the_default_workload_is_the_documented_one():

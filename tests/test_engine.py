@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
-from hovle_jax.decode import STACKS, decode_step, restack, unstack
-from hovle_jax.engine import Engine, Request, bucket, compute_params
+from hovle_jax.decode import STACKS, compute_params, decode_step, restack, unstack
+from hovle_jax.engine import Engine, Request, bucket
 from hovle_jax.errors import UserError
 from hovle_jax.generate import generate
 from hovle_jax.sampling import Sampling
@@ -126,12 +126,16 @@ def test_settings_reach_the_tokens():
 
 
 def test_logprobs():
-    """Of the model's scores: the sum over steps is the answer's, from one forward pass."""
-    one = request(2, 1, 6, sampling=Sampling(2.0, seed=1))
+    """Of the model's scores, whatever the sampling makes of them, from one forward pass; the
+    likeliest tokens only for who asks."""
+    drawn = Sampling(4.0, top_k=30, top_p=0.95, repetition_penalty=3.0, seed=1)
+    one = request(2, 1, 6, sampling=drawn, top=5)
     engine, made = Engine(params_of("pre"), PRE, **SHARED), []
-    engine.submit(one)
+    number, other = engine.submit(one), engine.submit(request(3, 1, 6))
     while engine.running or engine.waiting:
         made += engine.step()
+    assert all(not p.best for p in made if p.number == other)
+    made = [p for p in made if p.number == number]
     tokens = [t for p in made for t in p.tokens]
     ids = np.array([[*one.prompt, *tokens]], np.int32)
     scores = model.apply(params_of("pre"), {"input_ids": ids, "pixels": one.tiles[None]}, PRE)
@@ -139,6 +143,14 @@ def test_logprobs():
     start = len(one.prompt) - 1
     expected = [float(log[start + i, t]) for i, t in enumerate(tokens)]
     np.testing.assert_allclose([x for p in made for x in p.logprobs], expected, atol=1e-4)
+    best = [b for p in made for b in p.best]
+    assert len(best) == 6 and any(t not in dict(b) for t, b in zip(tokens, best, strict=True))
+    for i, found in enumerate(best):
+        row = np.asarray(log[start + i])
+        assert [t for t, _ in found] == np.argsort(-row)[:5].tolist()
+        np.testing.assert_allclose([p for _, p in found], np.sort(row)[::-1][:5], atol=1e-4)
+    with pytest.raises(UserError, match="21 likeliest tokens are not 0 to 20"):
+        engine.submit(dataclasses.replace(one, top=21))
 
 
 def test_cancel():

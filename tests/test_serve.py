@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import re
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hovle_jax.chat import Assistant, first_question
+from hovle_jax.serve import protocol
 from hovle_jax.serve.protocol import Limits
 
 httpx = pytest.importorskip("httpx")
@@ -143,7 +145,70 @@ def test_seed_stop_and_logprobs(client):
     assert "".join(f["token"] for f in found).replace(" ", "") in whole.replace(" ", "")
 
 
+def test_top_logprobs(client):
+    """The likeliest first; greedy takes the first of them. The stream says the same."""
+    asked = {"logprobs": True, "top_logprobs": 3}
+    answer = ask(client, **asked)
+    content = answer["choices"][0]["logprobs"]["content"]
+    for found in content:
+        best = found["top_logprobs"]
+        assert len(best) == 3 and best[0] == {k: found[k] for k in ("token", "logprob", "bytes")}
+        values = [b["logprob"] for b in best]
+        assert values == sorted(values, reverse=True) and sum(map(math.exp, values)) < 1
+    streamed = client.post("/v1/chat/completions", json=body(stream=True, **asked))
+    pieces = [e["choices"][0]["logprobs"] for e in events(streamed)]
+    assert [x for p in pieces if p for x in p["content"]] == content
+    plain = ask(client, logprobs=True)["choices"][0]["logprobs"]["content"]
+    assert [f["top_logprobs"] for f in plain] == [[]] * NEW
+
+
+def test_openapi(client, release):
+    """What is answered and what is refused is what the document says."""
+    jsonschema = pytest.importorskip("jsonschema")
+    described = client.get("/openapi.json").json()
+    schemas = described["components"]["schemas"]
+
+    def valid(schema: str, value) -> bool:
+        whole = {"$ref": f"#/components/schemas/{schema}", "components": described["components"]}
+        return not list(jsonschema.Draft202012Validator(whole).iter_errors(value))
+
+    content = [picture(release), words("what")]
+    good = body(content, n=2, seed=3, logprobs=True, top_logprobs=2, stop=["zzz"], tools=[])
+    answer = client.post("/v1/chat/completions", json=good)
+    assert answer.status_code == 200 and valid("Request", good) and valid("Answer", answer.json())
+    assert valid("Models", client.get("/v1/models").json())
+    assert set(schemas["Request"]["properties"]) == protocol.IGNORED | protocol.USED | set(
+        protocol.NEUTRAL
+    )
+    responses = described["paths"]["/v1/chat/completions"]["post"]["responses"]
+    unsaid = 0  # what a schema cannot say
+    for changes, status, _ in WRONG:
+        refused = client.post("/v1/chat/completions", json=body(**changes))
+        assert str(status) in responses and valid("Error", refused.json())
+        unsaid += valid("Request", body(**changes))
+    assert unsaid <= 4 and not valid("Request", {"model": "hovle"})
+    routes = {route.path for route in client.app.routes}
+    assert routes == set(described["paths"])
+
+
+def test_a_second_question_about_an_image(assistant, release):
+    """The image is read once, and /metrics says so."""
+    engine = assistant.engine(slots=2, context=1024, tiles=16, prefix_bytes=2**24)
+    application = app.create_app(assistant, engine, name="hovle", limits=LIMITS)
+    path = str(release.parent / "image.png")
+    with testclient.TestClient(application) as client:
+        for question in ("what", "which one"):
+            answer = ask(client, content=[picture(release), words(question)])
+            expected = assistant.answer([first_question(question, [path])], max_new=NEW)[0]
+            assert text_of(answer) == expected
+        found = client.get("/metrics").text
+    assert "hovle_prefix_hits_total 1" in found and "hovle_prefix_misses_total 1" in found
+    assert int(re.search(r"hovle_prefix_bytes (\d+)", found)[1]) > 0
+
+
 WRONG = [
+    ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs must be 0 to 20, not 21"),
     ({"model": "other"}, 404, "the model 'other' is not served"),
     ({"messages": []}, 400, "messages must be a list"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "the last message must be"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hovle_jax.checkpoint import save_model
-from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, RunConfig
+from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, ModelConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hf.writer import ExportOptions, write_directory
 
@@ -47,15 +47,6 @@ class Reference:
           UserError: work the public code cannot do; no such directory; it does not run.
         """
         _check(config, batch)
-        if not (Path(code) / _CODE).is_file():
-            raise UserError(f"--reference {code}: no {_CODE}; give HoVLE's public modelling code")
-        self._code = str(code)
-        self._files = tempfile.TemporaryDirectory()
-        scratch = Path(self._files.name)
-        with contextlib.redirect_stderr(io.StringIO()):  # progress of the export
-            save_model(scratch / "native", config.model, params)
-            write_directory(scratch / "native", scratch / "hf", ExportOptions())
-        np.savez(scratch / "batch.npz", **_arguments(batch))  # type: ignore[arg-type]
         settings = {
             "attention": attention,
             "dtype": config.model.dtype,
@@ -63,8 +54,29 @@ class Reference:
             "lr": config.optim.lr,
             "betas": [config.optim.b1, config.optim.b2],
         }
+        self._start(WORKER, code, config.model, params, _arguments(batch), settings, python)
+
+    def _start(
+        self,
+        worker: Path,
+        code: str | Path,
+        model: ModelConfig,
+        params: Any,
+        arrays: dict[str, np.ndarray],
+        settings: dict[str, Any],
+        python: str,
+    ) -> None:
+        if not (Path(code) / _CODE).is_file():
+            raise UserError(f"--reference {code}: no {_CODE}; give HoVLE's public modelling code")
+        self._code = str(code)
+        self._files = tempfile.TemporaryDirectory()
+        scratch = Path(self._files.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress of the export
+            save_model(scratch / "native", model, params)
+            write_directory(scratch / "native", scratch / "hf", ExportOptions())
+        np.savez(scratch / "batch.npz", **arrays)  # type: ignore[arg-type]
         # -P: this package's folder must not come first on the worker's path.
-        command = [python or sys.executable, "-P", str(WORKER), str(Path(code).absolute())]
+        command = [python or sys.executable, "-P", str(worker), str(Path(code).absolute())]
         self._errors = (scratch / "stderr").open("w+")
         try:
             self._process = subprocess.Popen(
@@ -79,7 +91,7 @@ class Reference:
             raise UserError(f"--python {python}: cannot be run ({error.strerror})") from None
         self.description: str = self._answer()["description"]
 
-    def run(self, work: str, steps: int) -> dict[str, float]:
+    def run(self, work: str, steps: int) -> dict[str, Any]:
         """{"seconds", "cpu_seconds" per step, "loss" of the first} of so many steps."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `_answer` finds out why
@@ -113,6 +125,40 @@ class Reference:
         self._files.cleanup()
 
 
+GENERATE_WORKER = Path(__file__).with_name("generate_torch_worker.py")
+
+
+class GenerateReference(Reference):
+    """PyTorch answering one prompt greedily: the public code, and transformers with a cache on our
+    exported directory (`run` of "public" or "transformers")."""
+
+    def __init__(
+        self,
+        code: str | Path,
+        config: ModelConfig,
+        params: Any,
+        prompt: np.ndarray,
+        tiles: np.ndarray,
+        *,
+        python: str = "",
+        attention: str = "eager",
+    ) -> None:
+        """As `Reference`. prompt: int32 [n]. tiles: uint8 [t, H, W, 3].
+
+        Raises:
+          UserError: work the public code cannot do; no such directory; it does not run.
+        """
+        if config.shuffle_loc == "post" or config.dtype != "float32":
+            raise UserError("--reference: generates in float32 with 'pre' models only")
+        arrays = {"input_ids": prompt.astype(np.int64), "pixel_values": _channels_first(tiles)}
+        settings = {"attention": attention}
+        self._start(GENERATE_WORKER, code, config, params, arrays, settings, python)
+
+    def run(self, work: str, steps: int) -> dict[str, Any]:
+        """{"tokens": `steps` of them, "seconds" and "cpu_seconds": of the first, then of all}."""
+        return super().run(work, steps)
+
+
 def _check(config: RunConfig, batch: dict[str, np.ndarray]) -> None:
     """Refuses what the public code has no way to compute."""
     if config.stage != "instruct" or config.trainable:
@@ -127,11 +173,15 @@ def _check(config: RunConfig, batch: dict[str, np.ndarray]) -> None:
 
 def _arguments(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch as the public code's `forward` takes it; pixels normalised, channels first."""
-    mean, std = (np.asarray(x, np.float32) for x in (IMAGE_MEAN, IMAGE_STD))
-    pixels = (batch["pixels"] / np.float32(255) - mean) / std
     return {
         "input_ids": batch["input_ids"].astype(np.int64),
         "labels": batch["labels"].astype(np.int64),
         "loss_weight": batch["loss_weight"],
-        "pixel_values": np.moveaxis(pixels.reshape(-1, *pixels.shape[2:]), -1, 1),
+        "pixel_values": _channels_first(batch["pixels"].reshape(-1, *batch["pixels"].shape[2:])),
     }
+
+
+def _channels_first(tiles: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> normalised float32 [N, 3, H, W]."""
+    mean, std = (np.asarray(x, np.float32) for x in (IMAGE_MEAN, IMAGE_STD))
+    return np.moveaxis((tiles / np.float32(255) - mean) / std, -1, 1)

@@ -1,4 +1,4 @@
-"""The ASGI application: /v1/models, /v1/chat/completions, /health, /metrics."""
+"""The ASGI application: the chat protocol under /v1, /health, /metrics, /openapi.json, a page."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from hovle_jax.chat import Assistant
 from hovle_jax.data.records import Record
 from hovle_jax.engine import Engine, Progress, Request
 from hovle_jax.errors import UserError
+from hovle_jax.serve.openapi import document
+from hovle_jax.serve.page import page
 from hovle_jax.serve.protocol import (
     Ask,
     Limits,
@@ -48,10 +50,12 @@ def create_app(
     """
     server = _Server(assistant, engine, name, limits, api_key)
     routes = [
+        Route("/", page),
         Route("/v1/models", server.models),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/health", server.health),
         Route("/metrics", server.metrics),
+        Route("/openapi.json", server.openapi),
     ]
     handlers: Any = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
@@ -89,6 +93,10 @@ class _Server:
             return JSONResponse({"status": "failed", "reason": self._worker.failure}, 503)
         return JSONResponse({"status": "ok"})
 
+    async def openapi(self, http: HttpRequest) -> Response:
+        described = document(self._name, self._limits, with_key=bool(self._api_key))
+        return JSONResponse(described)
+
     async def metrics(self, http: HttpRequest) -> Response:
         lines = ["# TYPE hovle_requests_total counter"]
         for status, count in sorted(self._statuses.items()):
@@ -100,6 +108,9 @@ class _Server:
             ("choices_in_flight", "gauge", self._load),
             ("slots_busy", "gauge", self._worker.running),
             ("slots", "gauge", self._engine.slots),
+            ("prefix_hits_total", "counter", self._engine.prefixes.hits),
+            ("prefix_misses_total", "counter", self._engine.prefixes.misses),
+            ("prefix_bytes", "gauge", self._engine.prefixes.bytes),
         ):
             lines += [f"# TYPE hovle_{metric} {kind}", f"hovle_{metric} {value}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
@@ -197,7 +208,8 @@ class _Server:
             first = self._assistant.request(question, max_new=1)
             room = self._engine.context - len(first.prompt)
             new = ask.max_new or max(1, min(self._limits.new_tokens, room))
-            requests = [dataclasses.replace(first, max_new=new, sampling=s) for s in ask.samplings]
+            first = dataclasses.replace(first, max_new=new, top=ask.top)
+            requests = [dataclasses.replace(first, sampling=s) for s in ask.samplings]
             self._worker.check(requests[0])
         except UserError as error:
             raise invalid(str(error)) from None
@@ -267,12 +279,11 @@ class _Job:
             elif progress.finish:
                 choice.finish = progress.finish
                 piece += choice.text.close()
-            words = [self._tokenizer.decode([t]) for t in progress.tokens]
-            yield i, piece, logprob_list(words, progress.logprobs)
+            yield i, piece, logprob_list(progress, lambda token: self._tokenizer.decode([token]))
 
 
 async def _collect(job: _Job, reply: Reply, ask: Ask) -> Response:
-    logprobs: list[Any] = [logprob_list([], []) for _ in job.choices]
+    logprobs: list[Any] = [logprob_list(None, str) for _ in job.choices]
     async for i, _, found in job.events():
         logprobs[i]["content"] += found["content"]
     choices = [

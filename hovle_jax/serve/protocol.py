@@ -6,32 +6,32 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hovle_jax.chat import Question
 from hovle_jax.data.image import image_size_of
+from hovle_jax.engine import Progress
 from hovle_jax.errors import UserError
 from hovle_jax.questions import number, question_of, sampling_of, stop_of
-from hovle_jax.sampling import MAX_SEED, Sampling
+from hovle_jax.sampling import MAX_SEED, MAX_TOP, Sampling
 
 # Accepted, because they change nothing that is answered.
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_IGNORED |= {"parallel_tool_calls"}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED |= {"parallel_tool_calls"}
 # Understood by others; here only the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "logit_bias": (None, {}),
-    "top_logprobs": (None, 0),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
 }
-_USED = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "stop", "logprobs"}
-_USED |= {"stream", "stream_options", "temperature", "top_k", "top_p", "min_p"}
-_USED |= {"repetition_penalty", "seed"}
+USED = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "stop", "logprobs"}
+USED |= {"stream", "stream_options", "temperature", "top_k", "top_p", "min_p"}
+USED |= {"repetition_penalty", "seed", "top_logprobs"}
 DEFAULT = Sampling(temperature=1.0)  # as OpenAI
 
 
@@ -76,6 +76,7 @@ class Ask:
     stream: bool
     usage: bool  # a last chunk of a stream counts the tokens
     logprobs: bool
+    top: int  # of the likeliest tokens beside each
 
 
 def parse(body: bytes, model: str, limits: Limits) -> Ask:
@@ -94,9 +95,9 @@ def parse(body: bytes, model: str, limits: Limits) -> Ask:
 
 def _parse(fields: Mapping[str, Any], model: str, limits: Limits) -> Ask:
     for key, value in fields.items():
-        if key in _NEUTRAL and value not in _NEUTRAL[key]:
+        if key in NEUTRAL and value not in NEUTRAL[key]:
             raise UserError(f"{key} is not supported; leave it out")
-        if key not in _NEUTRAL and key not in _IGNORED and key not in _USED:
+        if key not in NEUTRAL and key not in IGNORED and key not in USED:
             raise UserError(f"unknown field {key[:80]!r}")
     if fields.get("model") != model:
         asked = str(fields.get("model"))[:80]
@@ -104,6 +105,9 @@ def _parse(fields: Mapping[str, Any], model: str, limits: Limits) -> Ask:
     n = _between(fields, "n", 1, limits.choices) or 1
     new = _between(fields, "max_completion_tokens", 1, limits.new_tokens)
     new = new or _between(fields, "max_tokens", 1, limits.new_tokens)
+    logprobs, top = _flag(fields, "logprobs"), _between(fields, "top_logprobs", 0, MAX_TOP) or 0
+    if top and not logprobs:
+        raise UserError("top_logprobs needs logprobs: true")
     options = fields.get("stream_options") or {}
     if not isinstance(options, dict):
         raise UserError("stream_options must be an object")
@@ -120,7 +124,8 @@ def _parse(fields: Mapping[str, Any], model: str, limits: Limits) -> Ask:
         stop_of(fields.get("stop"), "request"),
         _flag(fields, "stream"),
         _flag(options, "include_usage"),
-        _flag(fields, "logprobs"),
+        logprobs,
+        top,
     )
 
 
@@ -212,12 +217,20 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     }
 
 
-def logprob_list(pieces: list[str], logprobs: list[float]) -> dict[str, Any]:
-    """Tokens, each as the text it has by itself, with natural log-probabilities."""
-    return {
-        "content": [
-            {"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []}
-            for t, p in zip(pieces, logprobs, strict=True)
-        ],
-        "refusal": None,
-    }
+def logprob_list(progress: Progress | None, text_of: Callable[[int], str]) -> dict[str, Any]:
+    """Tokens, each as the text it has by itself, with log-probabilities; None: no tokens.
+
+    Natural ones, of the model's own distribution: temperature, penalty and filters do not change
+    them, so that the token that was drawn may be less likely than all of `top_logprobs`.
+    """
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = text_of(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content: list[dict[str, Any]] = []
+    for i, token in enumerate(progress.tokens if progress else ()):
+        assert progress is not None
+        best = [entry(*pair) for pair in progress.best[i]] if progress.best else []
+        content.append(entry(token, progress.logprobs[i]) | {"top_logprobs": best})
+    return {"content": content, "refusal": None}
