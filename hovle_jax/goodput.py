@@ -6,10 +6,11 @@ run add up in one file:
     {"time": 1700000000.0, "start": true}                                   a start of `hovle train`
     {"time": ..., "restored": 0, "seconds": {"init": 9.1, "compile": 30.2}} steps done before it
     {"time": ..., "step": 1, "seconds": {"step": 0.9, "data": 0.1}}         one per finished step
-    {"time": ..., "seconds": {"checkpoint": 1.2}}                           the end, if no kill
+    {"time": ..., "step": 1, "seconds": {"evaluation": 7.5}}                after evaluating then
+    {"time": ..., "seconds": {"checkpoint": 1.2}}                           after a save; at the end
 
 `time` is Unix time, `seconds` are those since the row before. Steps after `restored` of a later row
-were done for nothing: all their seconds are lost work.
+were done for nothing: all seconds of their rows are lost work.
 """
 
 from __future__ import annotations

@@ -54,15 +54,14 @@ class Reporter:
         self._logs = {name: MetricLog(run.workdir / f"{name}.jsonl", done) for name in names}
         self._sinks = open_sinks(config, run.workdir, done) if self.leads else []
         self._progress = Progress(run.stage.name, config.steps, config.log_every, done)
-        self._flops = _peak_shares(config, run.mesh)
+        self._flops = peak_shares(config, run.mesh)
         self._pending: _Pending | None = None
         self.last: dict[str, Any] = {}
 
     def ready(self) -> None:
         """The end of everything before the first step."""
         self._clock.enter("step")
-        if self._goodput is not None:
-            self._goodput.write(restored=self._done, seconds=self._clock.lap())
+        self._account(restored=self._done)
 
     def doing(self) -> str:
         """For whoever wonders why nothing happens."""
@@ -98,16 +97,21 @@ class Reporter:
         return idle
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
-        """A row of eval.jsonl."""
+        """A row of eval.jsonl, which a checkpoint of its step must not overtake."""
+        self._account(step=row["step"])
         self._write("eval", row, "eval/")
         if not self._quiet:
             print(f"after step {row['step']}: held-out loss {row['loss']:.4f}", file=sys.stderr)
 
+    def saved(self) -> None:
+        """What was done until now is not done again, whatever happens."""
+        self._account()
+
     def close(self) -> None:
         """The end of a run, for now or for good."""
         self.flush()
+        self._account()
         if self._goodput is not None:
-            self._goodput.write(seconds=self._clock.lap())
             self._goodput.close()
         for log in self._logs.values():
             log.close()
@@ -125,8 +129,7 @@ class Reporter:
         if used := _memory():
             row["hbm_peak_bytes"] = used
         self._write("metrics", row)
-        if self._goodput is not None:
-            self._goodput.write(step=step, seconds=seconds)
+        self._account(seconds, step=step)
         self.last = row
         if not self._quiet:
             text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
@@ -134,6 +137,12 @@ class Reporter:
         if reason := self._guard.look(row["loss"], row["grad_norm"]):
             self._warn(step, reason, pending.cursor)
         self._guard.check(step, self._run.workdir / "bad_batches.jsonl")
+
+    def _account(self, seconds: dict[str, float] | None = None, **row: int) -> None:
+        """A row of goodput.jsonl: the seconds since the last one."""
+        seconds = self._clock.lap() if seconds is None else seconds
+        if self._goodput is not None:
+            self._goodput.write(**row, seconds=seconds)
 
     def _warn(self, step: int, reason: str, cursor: Cursor) -> None:
         if self.leads:
@@ -179,7 +188,7 @@ def _arrival(metrics: Any) -> concurrent.futures.Future[tuple[dict[str, Any], fl
     return future
 
 
-def _peak_shares(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def peak_shares(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """{name of the MFU: useful FLOPs of a step / peak FLOPs per second}; {} on unknown chips.
 
     `mfu` counts all useful work, as `hovle plan` does, `mfu_without_teacher` what trains.

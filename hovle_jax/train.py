@@ -78,6 +78,7 @@ def train(
             with clock.phase("checkpoint"):
                 parameters.check(int(state.step), state.params)  # nor are broken weights saved
                 checkpoints.save(state, cursor)
+            reporter.saved()
 
         with (
             _sigterm() as terminated,
