@@ -98,7 +98,19 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     generate.add_argument("--repeats", type=int, default=5)
     generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="")
 
-    for command in (data, packing, generate, *steps):
+    overhead = add_command(
+        commands,
+        "overhead",
+        functools.partial(_overhead, load_config=load_config),
+        "What metrics, guards and checkpoints add to a step: `train` and a bare loop in turns.",
+        "hovle bench overhead --config=configs/stage3_instruct.py:tiny --config.data.rows=8 "
+        "--config.data.tokens=512",
+    )
+    overhead.add_argument("--config", required=True, help="FILE.py[:VARIANT]; made-up data if none")
+    overhead.add_argument("--rounds", type=int, default=10)
+    overhead.add_argument("--steps", type=int, default=20, help="of a turn")
+
+    for command in (data, packing, generate, overhead, *steps):
         command.add_argument("--json", default="", metavar="FILE")
 
 
@@ -156,6 +168,13 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
             raise UserError(f"--{name} must be {least} or more, not {value}")
     report = generate.run_generate(args.model_dir, *shape, args.dtype)
     return _show(report, generate.generate_text(report), args.json)
+
+
+def _overhead(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.bench import overhead
+
+    report = overhead.run_overhead(load_config(args.config, rest), args.rounds, args.steps)
+    return _show(report, overhead.overhead_text(report), args.json)
 
 
 def _unknown(rest: Sequence[str]) -> int:

@@ -49,7 +49,7 @@ def replay(
             arrays = sharding.to_device(next(batches)[0], place)
             state, metrics = step_fn(state, frozen, run.teacher, arrays)
             values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
-            _compare(now, rows[now], by_name(values, run.pipeline.names))
+            compare(now, rows[now], by_name(values, run.pipeline.names))
             print(f"step {now}: as recorded, loss {rows[now]['loss']!r}", file=sys.stderr)
         if (Path(workdir) / "checkpoints" / str(step)).is_dir():
             find = digests(run.mesh)
@@ -66,7 +66,8 @@ def replay(
 _ADVICE = "it was computed wrong then or now (or the mesh or versions are others): replay it again"
 
 
-def _compare(step: int, recorded: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def compare(step: int, recorded: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """UserError names the first metric that has other bits than its record."""
     for name, value in values.items():
         then = recorded.get(name)
         both_nan = isinstance(then, float) and math.isnan(then) and math.isnan(value)

@@ -114,6 +114,7 @@ ORDER = [
     "bench.reference",
     "bench.steps",
     "bench.generate",
+    "bench.overhead",
     "cli_data",
     "cli_bench",
     "cli_plan",
