@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from hovle_jax.agreement import exchange, odd_ones
+from hovle_jax.array_digests import digests
 from hovle_jax.config import GuardConfig
-from hovle_jax.digest import digests
 from hovle_jax.errors import UserError
 from hovle_jax.tree import flatten
 
@@ -77,13 +77,16 @@ class ParameterGuard:
         teacher: Mapping[str, Any],
         workdir: Path,
         timeout: float,
+        *,
+        resumed: bool,
     ):
-        """`timeout`: seconds to wait for the slowest host."""
+        """`timeout`: seconds to wait for the slowest host. `resumed`: the run goes on; what an
+        earlier attempt to begin it has left does not count."""
         self._digests, self._timeout = digests(mesh), timeout
         self._frozen = flatten({**frozen, "teacher": teacher})
         self._path = workdir / "frozen.json"
         self._known: dict[str, str] = {}
-        if self._path.is_file():
+        if resumed and self._path.is_file():
             self._known = json.loads(self._path.read_text())
 
     def check(self, step: int, params: Mapping[str, Any]) -> None:

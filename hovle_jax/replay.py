@@ -15,9 +15,9 @@ from typing import Any
 import jax
 
 from hovle_jax import sharding
+from hovle_jax.array_digests import digests
 from hovle_jax.checkpoint import cursor_before
 from hovle_jax.config import RunConfig
-from hovle_jax.digest import digests
 from hovle_jax.errors import UserError
 from hovle_jax.metrics import read_metrics
 from hovle_jax.reporter import by_name

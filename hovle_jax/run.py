@@ -20,6 +20,7 @@ from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.data.pipeline import START, Cursor, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.guards import ParameterGuard
 from hovle_jax.hosts import DataBarrier
 from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
 from hovle_jax.optim import make_optimizer
@@ -68,6 +69,12 @@ class Run:
         """Which part of each batch this host reads, and of how many."""
         host, hosts = sharding.share_of_rows(self.mesh)
         return {"host": host, "hosts": hosts}
+
+    def parameter_guard(self, frozen: Params, *, resumed: bool) -> ParameterGuard:
+        timeout = self.config.data.timeout
+        return ParameterGuard(
+            self.mesh, frozen, self.teacher, self.workdir, timeout, resumed=resumed
+        )
 
     def start(self) -> tuple[TrainState, Params, Cursor]:
         """(state, frozen parameters, data cursor) from the last checkpoint, or config.init."""

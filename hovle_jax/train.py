@@ -21,7 +21,6 @@ from hovle_jax.config import RunConfig
 from hovle_jax.data.pipeline import Cursor, HostBatch
 from hovle_jax.errors import UserError
 from hovle_jax.goodput import Clock
-from hovle_jax.guards import ParameterGuard
 from hovle_jax.heldout import HeldOut
 from hovle_jax.profiler import Profile
 from hovle_jax.reporter import Reporter
@@ -61,7 +60,10 @@ def train(
     with jax.set_mesh(run.mesh):
         state, frozen, cursor = run.start()
         done = int(state.step)
-        parameters = ParameterGuard(run.mesh, frozen, run.teacher, run.workdir, config.data.timeout)
+        if done >= config.steps:  # nothing to do, so nothing to compile
+            checkpoints.close()
+            return {}
+        parameters = run.parameter_guard(frozen, resumed=done > 0)
         parameters.check(done, state.params)
         held_out = HeldOut(run, frozen)
         reporter = Reporter(run, done, clock, began, quiet=quiet)

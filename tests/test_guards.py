@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from hovle_jax import sharding
+from hovle_jax.array_digests import digest, digests
 from hovle_jax.config import GuardConfig, MeshConfig
-from hovle_jax.digest import digest, digests
 from hovle_jax.errors import UserError
 from hovle_jax.guards import LossGuard, ParameterGuard
 from hovle_jax.watchdog import Watchdog
@@ -102,7 +102,7 @@ def test_a_copy_that_differs_is_named_with_its_device(spec, tmp_path):
     mesh = mesh_of(4, 2, 1)
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     with jax.set_mesh(mesh):
-        guard = ParameterGuard(mesh, {}, {}, tmp_path, 10)
+        guard = ParameterGuard(mesh, {}, {}, tmp_path, 10, resumed=False)
         guard.check(0, {"a": {"kernel": copies(mesh, spec, x, -1)}})
         with pytest.raises(UserError, match=r"after step 4, host 0: a/kernel on .*5.* is not that"):
             guard.check(4, {"a": {"kernel": copies(mesh, spec, x, 5)}})
@@ -112,15 +112,20 @@ def test_a_frozen_weight_that_moves_is_named(tmp_path):
     mesh = mesh_of(1, 1, 1)
     x = np.ones((4, 4), np.float32)
     frozen, teacher = {"decoder": {"kernel": x}}, {"patch": {"kernel": 2 * x}}
-    ParameterGuard(mesh, frozen, teacher, tmp_path, 10).check(0, {"table": x})
-    again = ParameterGuard(mesh, frozen, teacher, tmp_path, 10)
+
+    def guard_of(frozen, teacher, resumed=True):
+        return ParameterGuard(mesh, frozen, teacher, tmp_path, 10, resumed=resumed)
+
+    guard_of(teacher, frozen, resumed=False).check(0, {"table": x})  # a mistake
+    guard_of(frozen, teacher, resumed=False).check(0, {"table": x})
+    again = guard_of(frozen, teacher)
     again.check(3, {"table": -x})  # what trains may move
     moved = x.copy()
     moved[2, 2] = np.nextafter(np.float32(1), np.float32(2))
-    guard = ParameterGuard(mesh, {"decoder": {"kernel": moved}}, teacher, tmp_path, 10)
+    guard = guard_of({"decoder": {"kernel": moved}}, teacher)
     with pytest.raises(UserError, match="after step 3: decoder/kernel is frozen, but no longer"):
         guard.check(3, {"table": x})
-    guard = ParameterGuard(mesh, frozen, {"patch": {"kernel": x}}, tmp_path, 10)
+    guard = guard_of(frozen, {"patch": {"kernel": x}})
     with pytest.raises(UserError, match="teacher/patch/kernel is frozen"):
         guard.check(3, {"table": x})
 
@@ -177,7 +182,7 @@ def replicated(value):
     part = jax.device_put(np.full(3, value, np.float32), jax.local_devices()[0])
     return jax.make_array_from_single_device_arrays((3,), where, [part])
 with jax.set_mesh(mesh):
-    guard = ParameterGuard(mesh, {"f": replicated(1.0)}, {}, out, 60)
+    guard = ParameterGuard(mesh, {"f": replicated(1.0)}, {}, out, 60, resumed=False)
     guard.check(0, {"x": replicated(1.0)})
     say(lambda: guard.check(7, {"x": replicated(1.0 + process)}))
 doing = ["9 steps done, now in 'step'", "8 steps done, now in 'data'"][process]

@@ -14,7 +14,7 @@ ORDER = [
     "goodput",
     "sinks",
     "plot",
-    "digest",
+    "array_digests",
     "agreement",
     "guards",
     "profiler",
