@@ -98,27 +98,19 @@ class ParameterGuard:
         table = flatten({"params": dict(params)}) | self._frozen
         found = self._digests(table)
         mine = {path: next(iter(of_devices.values())) for path, of_devices in found.items()}
-        said = exchange(
-            f"the check of parameters after step {step}",
-            json.dumps([_replicas(found), mine]),
-            self._timeout,
-        )
+        topic = f"the check of parameters after step {step}"
+        problem = _replicas(found) or self._moved(mine)
+        said = exchange(topic, json.dumps([problem, mine]), self._timeout)
         answers = {host: json.loads(text) for host, text in said.items()}
-        where = f"after step {step}"
         for host, (problem, _) in answers.items():
             if problem:
-                raise UserError(f"{where}, host {host}: {problem}; it computes or remembers wrong")
+                raise UserError(f"after step {step}, host {host}: {problem}")
         for path in table:
-            shown = path.removeprefix("params/")
             if odd := odd_ones({host: values[path] for host, (_, values) in answers.items()}):
                 raise UserError(
-                    f"{where}: {shown} on host {', '.join(odd)} is not that of the other hosts; "
-                    "one of them computes or remembers wrong: start again without it"
-                )
-            if path in self._frozen and self._known.get(path, mine[path]) != mine[path]:
-                raise UserError(
-                    f"{where}: {shown} is frozen, but no longer what the run began with "
-                    f"({self._path}); a device, a file or config.init has changed it"
+                    f"after step {step}: {_shown(path)} on host {', '.join(odd)} is not that of "
+                    "the other hosts; one of them computes or remembers wrong: start again without "
+                    "it"
                 )
         if self._frozen and not self._known:
             self._known = {path: mine[path] for path in self._frozen}
@@ -127,11 +119,26 @@ class ParameterGuard:
                 temporary.write_text(json.dumps(self._known, indent=1) + "\n")
                 os.replace(temporary, self._path)
 
+    def _moved(self, mine: Mapping[str, str]) -> str:
+        """Which frozen parameter is another than at the beginning; '' if none is. The first host
+        knows, and those that share its work directory."""
+        moved = next((k for k in self._frozen if self._known.get(k, mine[k]) != mine[k]), "")
+        return moved and (
+            f"{_shown(moved)} is frozen, but no longer what the run began with ({self._path}); "
+            "a device, a file or config.init has changed it"
+        )
+
 
 def _replicas(found: Mapping[str, Mapping[str, str]]) -> str:
     """Which parameter has copies that differ on this host's devices; '' if none has."""
     for path, of_devices in found.items():
         if odd := odd_ones(of_devices):
-            shown = path.removeprefix("params/")
-            return f"{shown} on {', '.join(odd)} is not that of the other devices"
+            return (
+                f"{_shown(path)} on {', '.join(odd)} is not that of the other devices; it computes "
+                "or remembers wrong"
+            )
     return ""
+
+
+def _shown(path: str) -> str:
+    return path.removeprefix("params/")

@@ -124,12 +124,18 @@ def _draw_curves(axes: Any, panel: tuple[str, str, tuple[str, ...]], runs: Any) 
                 linewidth=1.2,
                 marker="o" if len(rows) < 20 else "",
                 markersize=2.5,
-                label=name if alone else f"{Path(run.name).name}: {name}",
+                label=_label(name) if alone else f"{Path(run.name).name}: {_label(name)}",
             )
     axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(axis="y", color="#e6e9ed", linewidth=0.7)
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=6)
+
+
+def _label(column: str) -> str:
+    """Of a source that is named by its path, the end of it."""
+    source, loss, term = column.removeprefix("source/").partition("/loss/")
+    return f"{Path(source).name}: {term}" if loss else column
 
 
 def _points(rows: Rows, name: str) -> tuple[list[float], list[float]]:

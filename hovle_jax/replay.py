@@ -37,7 +37,8 @@ def replay(
       UserError: the first thing that differs; or no record of that step.
     """
     rows = {r["step"]: r for r in read_metrics(Path(workdir) / "metrics.jsonl")}
-    if step not in rows:
+    reads = jax.process_index() == 0  # others may not see the work directory
+    if reads and step not in rows:
         raise UserError(f"--replay-step={step}: {workdir}/metrics.jsonl has no such step")
     run = open_run(config, workdir, devices, quiet=True)
     start, _ = cursor_before(workdir, step)
@@ -49,8 +50,9 @@ def replay(
             arrays = sharding.to_device(next(batches)[0], place)
             state, metrics = step_fn(state, frozen, run.teacher, arrays)
             values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
-            compare(now, rows[now], by_name(values, run.pipeline.names))
-            print(f"step {now}: as recorded, loss {rows[now]['loss']!r}", file=sys.stderr)
+            if reads:
+                compare(now, rows[now], by_name(values, run.pipeline.names))
+                print(f"step {now}: as recorded, loss {rows[now]['loss']!r}", file=sys.stderr)
         if (Path(workdir) / "checkpoints" / str(step)).is_dir():
             find = digests(run.mesh)
             found, saved = find(_arrays(state)), find(_arrays(run.restore(step)[0]))
@@ -59,7 +61,8 @@ def replay(
                     f"step {step}: {differ[0]} is not that of the checkpoint, nor are "
                     f"{len(differ) - 1} others; {_ADVICE}"
                 )
-            print(f"state after step {step}: as in its checkpoint", file=sys.stderr)
+            if reads:
+                print(f"state after step {step}: as in its checkpoint", file=sys.stderr)
     return list(range(start + 1, step + 1))
 
 

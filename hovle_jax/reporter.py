@@ -56,12 +56,14 @@ class Reporter:
         self._progress = Progress(run.stage.name, config.steps, config.log_every, done)
         self._flops = peak_shares(config, run.mesh)
         self._pending: _Pending | None = None
+        self._free = 0.0  # when the devices could begin with what is under way
         self.last: dict[str, Any] = {}
 
     def ready(self) -> None:
         """The end of everything before the first step."""
         self._clock.enter("step")
         self._account(restored=self._done)
+        self._free = time.monotonic()
 
     def doing(self) -> str:
         """For whoever wonders why nothing happens."""
@@ -92,13 +94,15 @@ class Reporter:
         values, done = pending.arrival.result()
         idle = max(end - max(begin, done), 0.0)
         self._clock.move(end - begin - idle, "data", "step")
-        seconds = self._clock.lap()
-        self._report(pending, values, seconds)
+        self._account(step=pending.step)
+        took, self._free = max(done - self._free, 1e-9), done
+        self._report(pending, values, took)
         return idle
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """A row of eval.jsonl, which a checkpoint of its step must not overtake."""
         self._account(step=row["step"])
+        self._free = time.monotonic()
         self._write("eval", row, "eval/")
         if not self._quiet:
             print(f"after step {row['step']}: held-out loss {row['loss']:.4f}", file=sys.stderr)
@@ -106,6 +110,7 @@ class Reporter:
     def saved(self) -> None:
         """What was done until now is not done again, whatever happens."""
         self._account()
+        self._free = time.monotonic()
 
     def close(self) -> None:
         """The end of a run, for now or for good."""
@@ -118,9 +123,8 @@ class Reporter:
         for sink in self._sinks:
             sink.close()
 
-    def _report(self, pending: _Pending, values: dict[str, Any], seconds: dict[str, float]) -> None:
+    def _report(self, pending: _Pending, values: dict[str, Any], took: float) -> None:
         step = pending.step
-        took = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
         row = {"step": step} | by_name(values, self._run.pipeline.names)
         row |= {"step_seconds": took, "data_wait_seconds": pending.data_wait}
         row |= {f"{what}_per_second": values[what] / took for what in ("tokens", "tiles")}
@@ -129,7 +133,6 @@ class Reporter:
         if used := _memory():
             row["hbm_peak_bytes"] = used
         self._write("metrics", row)
-        self._account(seconds, step=step)
         self.last = row
         if not self._quiet:
             text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
@@ -138,9 +141,9 @@ class Reporter:
             self._warn(step, reason, pending.cursor)
         self._guard.check(step, self._run.workdir / "bad_batches.jsonl")
 
-    def _account(self, seconds: dict[str, float] | None = None, **row: int) -> None:
+    def _account(self, **row: int) -> None:
         """A row of goodput.jsonl: the seconds since the last one."""
-        seconds = self._clock.lap() if seconds is None else seconds
+        seconds = self._clock.lap()
         if self._goodput is not None:
             self._goodput.write(**row, seconds=seconds)
 

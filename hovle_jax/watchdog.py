@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -60,8 +61,10 @@ class Watchdog:
 
     def _bite(self) -> None:
         faulthandler.dump_traceback(2, all_threads=True)
-        with self._path.open("a") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        with contextlib.suppress(OSError):  # a disk that hangs or is full must not keep it alive
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
         said = last_words(self._doing(), self._patience)
         print(
             f"error: nothing finished in {self._timeout:g} s (config.guards.step_timeout); {said}; "
