@@ -35,8 +35,8 @@ def get_config(variant="hovle_2b"):
             end_lr=5e-6,
             warmup=0.01,
             groups=(
-                GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.05),
-                GroupConfig(r".*/(scale|bias)", 1.0, 0.0),
+                GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.05, "matrices"),
+                GroupConfig(r".*/(scale|bias)", 1.0, 0.0, "vectors"),
             ),
         ),
     ).to_config_dict()

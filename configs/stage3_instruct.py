@@ -26,8 +26,8 @@ def get_config(variant="hovle_2b"):
             lr=4e-5,
             warmup=0.03,
             groups=(
-                GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.01),
-                GroupConfig(r".*/(scale|bias)", 1.0, 0.0),
+                GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.01, "matrices"),
+                GroupConfig(r".*/(scale|bias)", 1.0, 0.0, "vectors"),
             ),
         ),
     ).to_config_dict()

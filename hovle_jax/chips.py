@@ -110,6 +110,11 @@ def get_chip(name: str) -> Chip:
     return CHIPS[name]
 
 
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None for what is no known TPU."""
+    return next((chip for chip in CHIPS.values() if chip.kind == device_kind), None)
+
+
 def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
     """Along which axes a slice of this shape closes into a ring.
 
@@ -124,5 +129,5 @@ def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
 
 def compiler_options(device_kind: str) -> dict[str, str | bool]:
     """For `jax.jit(compiler_options=...)`, by `jax.Device.device_kind`; none for other devices."""
-    found = (chip.name for chip in CHIPS.values() if chip.kind == device_kind)
-    return {option.name: option.value for name in found for option in OPTIONS[name]}
+    chip = of_kind(device_kind)
+    return {option.name: option.value for option in OPTIONS[chip.name]} if chip else {}

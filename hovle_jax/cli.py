@@ -71,15 +71,38 @@ def _usage(message: str) -> int:
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(args.config, rest)
     from hovle_jax.hosts import connect
+    from hovle_jax.profiler import parse_window
+    from hovle_jax.replay import replay
     from hovle_jax.train import Preempted, train
 
+    window = parse_window(args.profile)
     connect(args.coordinator, args.processes, args.process)
+    if args.replay_step:
+        done = replay(config, args.workdir, args.replay_step)
+        print(f"steps {done[0]} to {done[-1]}: as recorded, bit for bit")
+        return 0
     try:
-        train(config, args.workdir)
+        train(config, args.workdir, profile=window)
     except Preempted as reason:
         print(f"preempted: {reason}; run the same command again", file=sys.stderr)
         return EXIT_PREEMPTED
     print(f"{config.stage}: {config.steps} steps done, result in {args.workdir}")
+    return 0
+
+
+def _plot(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        return _usage(f"unknown argument {rest[0]}")
+    from hovle_jax.plot import goodput_table, read_run, write_plot
+
+    runs = [read_run(directory) for directory in args.run_dirs]
+    out = Path(args.out or Path(args.run_dirs[0]) / "plot.png")
+    write_plot(out, runs)
+    print(goodput_table(runs))
+    if args.json:
+        body = {run.name: run.seconds for run in runs}
+        Path(args.json).write_text(json.dumps(body, indent=2) + "\n")
+    print(f"wrote {out}")
     return 0
 
 
@@ -185,6 +208,21 @@ def _parser() -> argparse.ArgumentParser:
     coordinator.help = "of several hosts, where neither TPU nor Slurm tells; with the next two"
     train.add_argument("--processes", type=int, default=1)
     train.add_argument("--process", type=int, default=0, help="this one, from 0")
+
+    traced = train.add_argument("--profile", default="", metavar="START:COUNT")
+    traced.help = "trace these steps into WORKDIR/profile, for xprof"
+    again = train.add_argument("--replay-step", type=int, default=0, metavar="K")
+    again.help = "train nothing: do the steps up to K again and compare every bit with the record"
+
+    plot = add(
+        "plot",
+        _plot,
+        "One picture of runs: losses, gradients, speed, and where the time went.",
+        "hovle plot runs/stage2 runs/stage2_other_lr --out compare.png",
+    )
+    plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    plot.add_argument("--out", default="", metavar="FILE", help="default: RUN_DIR/plot.png")
+    plot.add_argument("--json", default="", metavar="FILE", help="seconds of every phase")
 
     cli_plan.add_command(add, load_config)
 

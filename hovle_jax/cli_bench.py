@@ -105,7 +105,19 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
         "--attention", choices=("eager", "flash"), default="eager", help="of --reference, as train"
     )
 
-    for command in (data, packing, generate, *steps):
+    overhead = add_command(
+        commands,
+        "overhead",
+        functools.partial(_overhead, load_config=load_config),
+        "What metrics, guards and checkpoints add to a step: `train` and a bare loop in turns.",
+        "hovle bench overhead --config=configs/stage3_instruct.py:tiny --config.data.rows=8 "
+        "--config.data.tokens=512",
+    )
+    overhead.add_argument("--config", required=True, help="FILE.py[:VARIANT]; made-up data if none")
+    overhead.add_argument("--rounds", type=int, default=10)
+    overhead.add_argument("--steps", type=int, default=20, help="of a turn")
+
+    for command in (data, packing, generate, overhead, *steps):
         command.add_argument("--json", default="", metavar="FILE")
 
 
@@ -169,6 +181,13 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
         args.model_dir, *shape, args.dtype, reference if args.reference else None
     )
     return _show(report, generate.generate_text(report), args.json)
+
+
+def _overhead(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.bench import overhead
+
+    report = overhead.run_overhead(load_config(args.config, rest), args.rounds, args.steps)
+    return _show(report, overhead.overhead_text(report), args.json)
 
 
 def _unknown(rest: Sequence[str]) -> int:

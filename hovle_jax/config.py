@@ -240,6 +240,7 @@ class GroupConfig:
     regex: str
     lr_scale: float = 1.0
     weight_decay: float = 0.0
+    name: str = ""  # of its gradient norm in the metrics; '' = its number, from 0
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,8 @@ class OptimConfig:
     accumulate: int = 1  # micro-batches per step
     skip_nonfinite: bool = True  # leave the state alone when loss or gradient is not finite
     groups: tuple[GroupConfig, ...] = (
-        GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.05),
-        GroupConfig(r".*/(scale|bias)", 1.0, 0.0),
+        GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.05, "matrices"),
+        GroupConfig(r".*/(scale|bias)", 1.0, 0.0, "vectors"),
     )
 
     def __post_init__(self) -> None:
@@ -271,6 +272,13 @@ class OptimConfig:
                 f"optim.moments={self.moments!r} needs optim.b2 of at most 0.99: bfloat16 does not "
                 f"see a second moment change by {1 - self.b2:.2g} of itself"
             )
+        names = self.group_names
+        if len(set(names)) < len(names):
+            raise UserError(f"optim.groups: two of them are named alike ({', '.join(names)})")
+
+    @property
+    def group_names(self) -> list[str]:
+        return [group.name or str(i) for i, group in enumerate(self.groups)]
 
 
 @dataclass(frozen=True)
@@ -299,6 +307,27 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What a run watches itself for, so that it ends or warns before it wastes days."""
+
+    max_nonfinite: int = 10  # it ends after that many non-finite steps in a row; 0 = never
+    # Warns of a loss that many deviations (scaled median absolute ones) above the median of the
+    # last `spike_window` losses; 0 = never.
+    spike: float = 10.0
+    spike_window: int = 128
+    every: int = 0  # steps between checks of the parameters' digests; 0 = with every checkpoint
+    # Seconds without a finished step after which stacks are dumped and the process ends; 0 = never
+    step_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_nonfinite", "spike", "every", "step_timeout"):
+            if getattr(self, name) < 0:
+                raise UserError(f"guards.{name} must not be negative")
+        if self.spike_window < 2:
+            raise UserError("guards.spike_window must be at least 2")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One stage of one run."""
 
@@ -309,16 +338,22 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 500  # 0 = only at the end
     keep: int = 2  # checkpoints kept
+    eval_every: int = 0  # steps between passes over the held-out records (data.holdout); 0 = none
+    tensorboard: bool = False  # metrics also go to WORKDIR/tensorboard
+    wandb: str = ""  # metrics also go to this project of Weights & Biases
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:  # numpy knows no such seed
             raise UserError("seed must not be negative")
+        if self.eval_every and not self.data.holdout:
+            raise UserError("eval_every: needs data.holdout, else no records are held out")
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A mutable copy for configs/*.py and command-line overrides."""

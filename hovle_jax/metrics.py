@@ -6,30 +6,35 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 
 class MetricLog:
-    """`metrics.jsonl`: exactly one row per step, also across restarts."""
+    """`metrics.jsonl` and its like: at most one row per step, also across restarts."""
 
     def __init__(self, path: str | Path, start_step: int):
         """Rows of steps after `start_step` are dropped: a resumed run writes them again."""
-        self._path = Path(path)
-        rows = [r for r in read_metrics(self._path) if r["step"] <= start_step]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced in one piece: a crash in between leaves the old file.
-        fresh = self._path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        os.replace(fresh, self._path)
-        self._file = self._path.open("a")
+        self.path = Path(path)
+        self.kept = [r for r in read_metrics(self.path) if r["step"] <= start_step]
+        self._file: TextIO | None = None
+        if self.path.is_file():
+            # Replaced in one piece: a crash in between leaves the old file.
+            fresh = self.path.with_suffix(".tmp")
+            fresh.write_text("".join(json.dumps(r) + "\n" for r in self.kept))
+            os.replace(fresh, self.path)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a")
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

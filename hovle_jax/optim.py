@@ -46,6 +46,16 @@ def group_labels(groups: tuple[GroupConfig, ...], params: dict[str, Any]) -> dic
     return unflatten(labels)
 
 
+def group_norms(config: OptimConfig, gradient: dict[str, Any]) -> dict[str, jax.Array]:
+    """{name of the group: norm of its part of the gradient}; groups without parameters are left
+    out."""
+    parts: dict[str, list[jax.Array]] = {}
+    labels = flatten(group_labels(config.groups, gradient))
+    for path, x in flatten(gradient).items():
+        parts.setdefault(config.group_names[int(labels[path])], []).append(x)
+    return {name: optax.tree.norm(part) for name, part in parts.items()}
+
+
 def make_optimizer(
     config: OptimConfig, steps: int, params: dict[str, Any]
 ) -> optax.GradientTransformation:

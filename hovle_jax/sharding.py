@@ -13,7 +13,7 @@ names to mesh axes. Nothing else in the project mentions a mesh axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,12 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch spread over every data-parallel device."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def to_device(batch: Mapping[str, Any], where: NamedSharding) -> dict[str, jax.Array]:
+    """This host's rows of a batch -> the global batch, laid out as `where` says."""
+    make = jax.make_array_from_process_local_data
+    return {k: make(where, np.asarray(v)) for k, v in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

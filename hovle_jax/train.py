@@ -1,52 +1,33 @@
 """The main loop: one stage, from its sources or its last checkpoint to its last step.
 
-mesh -> shapes -> shardings -> restore or initialise -> (batch -> step -> metrics -> save)*
+run.open_run: mesh, data, teacher -> program, state -> (batch -> step -> metrics -> save)*
 """
 
 from __future__ import annotations
 
 import contextlib
-import operator
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hovle_jax import sharding
-from hovle_jax.checkpoint import (
-    Checkpoints,
-    open_stored,
-    read_config,
-    write_config,
-    write_tree,
-)
-from hovle_jax.config import RunConfig, to_dict
-from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.checkpoint import write_config
+from hovle_jax.config import RunConfig
+from hovle_jax.data.pipeline import Cursor, HostBatch
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import DataBarrier
-from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
-from hovle_jax.metrics import MetricLog, Progress
-from hovle_jax.optim import make_optimizer
-from hovle_jax.stages import Stage, get_stage
-from hovle_jax.train_step import (
-    TrainState,
-    check_batch,
-    jit_step,
-    new_state,
-    stage_shapes,
-    state_shapes,
-    state_shardings,
-    trainable_regex,
-)
-from hovle_jax.tree import flatten, split, unflatten
+from hovle_jax.goodput import Clock
+from hovle_jax.heldout import HeldOut
+from hovle_jax.profiler import Profile
+from hovle_jax.reporter import Reporter
+from hovle_jax.run import Run, open_run
+from hovle_jax.train_step import TrainState
+from hovle_jax.watchdog import Watchdog
 
-Params = dict[str, Any]
 _SIGTERM = "SIGTERM"
 
 
@@ -60,205 +41,110 @@ def train(
     *,
     devices: Sequence[Any] | None = None,
     quiet: bool = False,
-) -> dict[str, float]:
+    profile: tuple[int, int] = (0, 0),
+    after_step: Callable[[int, TrainState], None] | None = None,
+) -> dict[str, Any]:
     """Runs the stage of `config` in `workdir`, resuming what is there; returns the last metrics.
 
-    devices: default all of them; config.mesh must cover them exactly.
+    devices: default all of them; config.mesh must cover them exactly. profile: first step and
+    number of steps that are traced. after_step: called with each step and its state, which the
+    devices may not have finished and which the next step takes away.
 
     Raises:
       UserError: anything the caller can mend, before the first step wherever possible.
       Preempted: SIGTERM; a checkpoint was saved.
     """
-    stage = get_stage(config.stage)
-    workdir = Path(workdir)
-    _check_same_run(config, workdir)
-    if not config.data.tokenizer:
-        raise UserError("config.data.tokenizer: needs a tokenizer directory")
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    _check_same_tokenizer(tokenizer, workdir / "tokenizer")
-    mesh = sharding.make_mesh(config.mesh, devices)
-    check_batch(config, mesh)
-    checkpoints = Checkpoints(workdir, config.keep)
-    with jax.set_mesh(mesh):
-        # What can be wrong is looked at first, what takes long last.
-        if checkpoints.latest() is None:
-            check_order(config, stage)
-        step_fn = jit_step(config, mesh)
-        index = Path(config.data.index or workdir / "index")
-        pipeline = Pipeline(
-            config,
-            stage.data,
-            stage.token_weights,
-            tokenizer,
-            index=index,
-            rejects=workdir / "rejects.jsonl",
-            quiet=quiet,
-            workers=config.data.workers,
-        )
-        teach = teacher_params(config, mesh) if stage.teacher else {}
-        state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
-        leads = jax.process_index() == 0  # one host writes what all share
-        if leads:
-            write_config(workdir, config)
-            tokenizer.save(workdir / "tokenizer")
-        host, hosts = sharding.share_of_rows(mesh)
-        batches = pipeline.batches(cursor, host=host, hosts=hosts)
-        log = MetricLog(workdir / "metrics.jsonl", int(state.step)) if leads else None
-        progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
-        if leads and not quiet:
-            print(*pipeline.summary(cursor), sep="\n", file=sys.stderr)
-        place = sharding.batch_sharding(mesh)
-        barrier = DataBarrier(config.data.timeout)
-        reporter = _Reporter(log, progress if leads and not quiet else None, pipeline.names)
-        with _sigterm() as terminated:
-            for step in range(int(state.step) + 1, config.steps + 1):
-                begin = time.monotonic()
-                stop = _SIGTERM if terminated else ""
-                try:
-                    if not stop:
-                        host_batch, following = next(batches)
-                except UserError as error:
-                    stop = str(error)
-                if stop := barrier.wait(step, stop):  # no step that is done is lost
-                    if step - 1 not in (0, checkpoints.latest()):
-                        reporter.flush()
-                        checkpoints.save(state, cursor)
+    clock, began = Clock(), time.time()
+    run = open_run(config, workdir, devices, quiet=quiet)
+    checkpoints, watched = run.checkpoints, config.guards
+    with jax.set_mesh(run.mesh):
+        state, frozen, cursor = run.start()
+        done = int(state.step)
+        if done >= config.steps:  # nothing to do, so nothing to compile
+            checkpoints.close()
+            return {}
+        parameters = run.parameter_guard(frozen, resumed=done > 0)
+        parameters.check(done, state.params)
+        held_out = HeldOut(run, frozen)
+        reporter = Reporter(run, done, clock, began, quiet=quiet)
+        if reporter.leads:
+            _write_down(run, cursor, quiet)
+        batches = run.pipeline.batches(cursor, **run.share)
+        with clock.phase("compile"):
+            step_fn = run.program()
+        place = sharding.batch_sharding(run.mesh)
+        reporter.ready()
+
+        def save() -> None:
+            reporter.flush()  # a saved step is never missing from the metrics
+            with clock.phase("checkpoint"):
+                parameters.check(int(state.step), state.params)  # nor are broken weights saved
+                checkpoints.save(state, cursor)
+            reporter.saved()
+
+        with (
+            _sigterm() as terminated,
+            Profile(profile, run.workdir) as profiler,
+            Watchdog(watched.step_timeout, run.workdir, reporter.doing) as watchdog,
+        ):
+            for step in range(done + 1, config.steps + 1):
+                watchdog.beat()
+                with clock.phase("data"):
+                    begin = time.monotonic()
+                    batch, following, stop = _next(batches, terminated)
+                    stop = run.barrier.wait(step, stop)
+                    waited = begin, time.monotonic()
+                if stop:
+                    if step - 1 not in (0, checkpoints.latest()):  # no step that is done is lost
+                        save()
                     checkpoints.close()
+                    reporter.close()
                     if stop == _SIGTERM:
                         raise Preempted(f"saved step {step - 1} in {workdir}")
                     raise UserError(stop)
+                profiler.before(step, state)
+                arrays = sharding.to_device(batch, place)
+                state, metrics = step_fn(state, frozen, run.teacher, arrays)
+                reporter.dispatched(step, metrics, cursor, waited)
                 cursor = following
-                waited = time.monotonic() - begin
-                batch = _to_device(host_batch, place)
-                state, metrics = step_fn(state, frozen, teach, batch)
-                reporter.dispatched(step, metrics, waited, int(pipeline.read[1]))
-                due = config.save_every and step % config.save_every == 0
-                if due or step == config.steps:
-                    reporter.flush()  # a saved step is never missing from the metrics
-                    checkpoints.save(state, cursor)
-        last = reporter.finish()
-        checkpoints.close()
-        return last
+                if _due(step, config.eval_every):
+                    reporter.flush()
+                    with clock.phase("evaluation"):
+                        reporter.evaluated(held_out.losses(step, state.params, watchdog.beat))
+                if _due(step, config.save_every) or step == config.steps:
+                    save()
+                elif _due(step, watched.every):
+                    parameters.check(step, state.params)
+                if after_step is not None:
+                    after_step(step, state)
+        with clock.phase("checkpoint"):
+            checkpoints.close()
+        reporter.close()
+        return reporter.last
 
 
-def _check_same_tokenizer(tokenizer: Tokenizer, saved: Path) -> None:
-    """By its content: it may have moved."""
-    if saved.is_dir() and Tokenizer.load(saved).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"config.data.tokenizer: is not the one this run began with ({saved})")
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def _check_same_run(config: RunConfig, workdir: Path) -> None:
-    """A work directory belongs to one run: the same stage and model, and data its cursor fits."""
-    if not (workdir / "config.json").is_file():
-        return
-    stored = read_config(workdir)
-    if not isinstance(stored, RunConfig):
-        raise UserError(f"{workdir}: is a model directory, not the work directory of a run")
-    free = {
-        "data.rows",
-        "data.tokenizer",  # checked by its content
-        "data.workers",
-        "data.index",
-        "data.meta",  # the cursor knows its sources by name: another mixture goes on from it
-        "data.images",
-        "data.repeat_mode",
-        "data.max_bad",
-        "data.timeout",
-        "data.max_sources",
-        "model.remat",
-        "model.attention",
-        "model.loss_chunk",
-    }
-    for name in ("stage", "model", "trainable", "seed", "data", "optim.moments"):
-        look = operator.attrgetter(name)
-        old, new = (flatten({name: to_dict(look(c))}, ".") for c in (stored, config))
-        changed = sorted(k for k in new if old[k] != new[k] and k not in free)
-        if changed:
-            raise UserError(
-                f"{workdir}: belongs to a run with config.{changed[0]}={old[changed[0]]!r}; use "
-                "that, or a new --workdir"
-            )
+def _next(
+    batches: Iterator[tuple[HostBatch, Cursor]], terminated: list[bool]
+) -> tuple[HostBatch, Cursor, str]:
+    """(batch, cursor after it, ''), or ({}, {}, why this host cannot go on)."""
+    if terminated:
+        return {}, {}, _SIGTERM
+    try:
+        return *next(batches), ""
+    except UserError as error:
+        return {}, {}, str(error)
 
 
-def _start(
-    config: RunConfig,
-    stage: Stage,
-    mesh: jax.sharding.Mesh,
-    checkpoints: Checkpoints,
-    workdir: Path,
-) -> tuple[TrainState, Params, Cursor]:
-    """(state, frozen parameters, data cursor) from the last checkpoint, or from config.init."""
-    shardings = state_shardings(config, mesh)
-    trainable_shapes, frozen_shapes = stage_shapes(config)
-    step = checkpoints.latest()
-    if step is not None:
-        shapes = jax.tree.map(with_sharding, state_shapes(config), shardings)
-        state, cursor = checkpoints.restore(step, shapes)
-        frozen = open_stored(workdir).read(placed(config, frozen_shapes, mesh))
-        return state, unflatten(frozen), cursor
-    params = initial_params(config, stage, mesh)
-    trainable, frozen = split(params, trainable_regex(config))
-    if frozen:
-        write_tree(workdir / "frozen", frozen)  # as given; in memory as computed with
-        frozen = jax.tree.map(lambda x, want: x.astype(want.dtype), frozen, frozen_shapes)
-    tx = make_optimizer(config.optim, config.steps, trainable_shapes)
-    state = jax.jit(lambda p: new_state(p, tx), out_shardings=shardings, donate_argnums=0)(
-        trainable
-    )
-    return state, frozen, START
-
-
-def _to_device(batch: HostBatch, where: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-    make = jax.make_array_from_process_local_data
-    return {k: make(where, np.asarray(v)) for k, v in batch.items()}
-
-
-class _Reporter:
-    """Reads the metrics of a step only after the next one is under way."""
-
-    def __init__(self, log: MetricLog | None, progress: Progress | None, sources: Sequence[str]):
-        self._log, self._progress, self._sources = log, progress, sources
-        self._pending: tuple[int, Any, float, int] | None = None
-        self._last: dict[str, float] = {}
-        self._clock = time.monotonic()
-
-    def dispatched(self, step: int, metrics: Any, waited: float, bad: int) -> None:
-        """`bad`: samples this process could not read, since it started."""
-        self.flush()
-        self._pending = (step, metrics, waited, bad)
-
-    def finish(self) -> dict[str, float]:
-        self.flush()
-        if self._log is not None:
-            self._log.close()
-        return self._last
-
-    def flush(self) -> None:
-        if self._pending is None:
-            return
-        step, metrics, waited, bad = self._pending
-        values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        row = {"step": step} | self._named(values)
-        row |= {"step_seconds": seconds, "data_wait_seconds": waited}
-        row["tokens_per_second"] = values["tokens"] / seconds
-        row["bad_samples"] = bad
-        if self._log is not None:
-            self._log.write(row)
-        self._last, self._pending = row, None
-        if self._progress is not None:
-            text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-            self._progress.update(step, text)
-
-    def _named(self, values: dict[str, Any]) -> dict[str, float]:
-        """Per-source vectors "source/WHAT" as "source/NAME/WHAT"; of sources in this batch."""
-        row = {k: v for k, v in values.items() if not k.startswith("source/")}
-        for number, name in enumerate(self._sources):
-            if values["source/samples"][number]:
-                for key in values.keys() - row.keys():
-                    row[key.replace("source/", f"source/{name}/")] = values[key][number]
-        return row
+def _write_down(run: Run, cursor: Cursor, quiet: bool) -> None:
+    """One host writes what all share."""
+    write_config(run.workdir, run.config)
+    run.tokenizer.save(run.workdir / "tokenizer")
+    if not quiet:
+        print(*run.pipeline.summary(cursor), sep="\n", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import optax
 from hovle_jax import chips, losses, model, sharding, teacher
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.optim import make_optimizer, make_schedule
+from hovle_jax.optim import group_norms, make_optimizer, make_schedule
 from hovle_jax.stages import get_stage
 from hovle_jax.tree import flatten, merge, split, unflatten
 
@@ -155,6 +155,8 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
             )
             skipped = skipped + (~ok).astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
+        for name, part in group_norms(config.optim, gradient).items():
+            metrics[f"grad_norm/{name}"] = part
         for name, weight in weights.items():
             metrics[f"loss/{name}"] = parts[name]
             of_source = jnp.maximum(_by_source(weight, batch, config), 1e-6)

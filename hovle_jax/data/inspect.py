@@ -231,7 +231,7 @@ def batch_at(
 ) -> list[tuple[HostBatch, list[Report]]]:
     """(arrays, origins) of every row of a global batch; only of its `row`-th (from 0) if given.
 
-    Origins say what is in each segment: {source, record (from 1), draw (place in the stream)}.
+    Origins say what is in each segment (`Reader.origins`).
 
     Steps count from 1, as in the metrics. The plan of every window between `start` and the step is
     made again, which reads lengths but no image.
@@ -254,12 +254,7 @@ def batch_at(
     found = []
     for number in wanted:
         at = (step - 1 - done) * per_step + number
-        origins = []
-        for place in plan[at]:
-            source, record = reader.origin(place)
-            name = pipeline.names[source]
-            origins.append({"source": name, "record": record + 1, "draw": place})
-        found.append((reader.row(plan[at]), origins))
+        found.append((reader.row(plan[at]), reader.origins(plan[at])))
     return found
 
 

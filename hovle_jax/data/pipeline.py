@@ -131,6 +131,15 @@ class Reader:
         draw = self.stream[n]
         return draw.source, self.splits[draw.source][draw.record]
 
+    def origins(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Of the segments of a row: {source, record (from 1), draw (place in the stream)}."""
+        found = []
+        for place in places:
+            source, record = self.origin(place)
+            name = self.sources[source].name
+            found.append({"source": name, "record": record + 1, "draw": place})
+        return found
+
     def length(self, n: int) -> tuple[int, int]:
         source, record = self.origin(n)
         return self.lengths[source][record]
@@ -286,6 +295,12 @@ class Pipeline:
             self._count(batch.pop("read").sum(axis=0))
             place = plan.locate(step * rows)
             yield batch, _cursor(*place, self._config.data.window, reader.stream.phases)
+
+    def origins(self, start: Cursor) -> list[list[dict[str, Any]]]:
+        """What is in each row of the first global batch after a cursor (`Reader.origins`)."""
+        reader, start = self.reader(start)
+        plan = reader.plan(start)
+        return [reader.origins(plan[row]) for row in range(self._config.data.rows)]
 
     def held_out(self, *, host: int = 0, hosts: int = 1) -> Iterator[HostBatch]:
         """This host's part of one pass over the held-out records, in order.

@@ -112,8 +112,8 @@ def stage_config(
             end_lr=1e-5,
             warmup=0.05,
             groups=(
-                GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.01),
-                GroupConfig(r".*/(scale|bias)", 1.0, 0.0),
+                GroupConfig(r".*/(kernel|\w*table|position)", 1.0, 0.01, "matrices"),
+                GroupConfig(r".*/(scale|bias)", 1.0, 0.0, "vectors"),
             ),
         ),
         init=init,

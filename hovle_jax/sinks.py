@@ -1,0 +1,81 @@
+"""Where metrics can go besides metrics.jsonl: TensorBoard and Weights & Biases, if asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from hovle_jax.config import RunConfig, to_dict
+from hovle_jax.errors import UserError
+
+
+class Sink(Protocol):
+    def write(self, row: Mapping[str, Any], prefix: str = "") -> None:
+        """The numbers of one step, `row["step"]`."""
+
+    def close(self) -> None: ...
+
+
+def open_sinks(config: RunConfig, workdir: Path, done: int) -> list[Sink]:
+    """Those the config asks for. `done`: steps of the run so far; later ones are written again.
+
+    Raises:
+      UserError: the library is not installed.
+    """
+    sinks: list[Sink] = []
+    if config.tensorboard:
+        sinks.append(TensorBoard(workdir, done))
+    if config.wandb:
+        sinks.append(WeightsAndBiases(config, workdir))
+    return sinks
+
+
+def _library(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"config.{extra}: {name} is missing: pip install 'hovle-jax[{extra}]'"
+        ) from error
+
+
+class TensorBoard:
+    def __init__(self, workdir: Path, done: int):
+        writer = _library("tensorboardX", "tensorboard").SummaryWriter
+        # TensorBoard then hides what an earlier start wrote of later steps.
+        self._writer = writer(str(workdir / "tensorboard"), purge_step=done + 1)
+
+    def write(self, row: Mapping[str, Any], prefix: str = "") -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(prefix + name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run at Weights & Biases per work directory, whatever the number of starts.
+
+    It takes steps in ascending order only: of steps done again it keeps the first, which is equal.
+    """
+
+    def __init__(self, config: RunConfig, workdir: Path):
+        self._run = _library("wandb", "wandb").init(
+            project=config.wandb,
+            id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
+            name=workdir.name,
+            dir=str(workdir),
+            config=to_dict(config),
+            resume="allow",
+        )
+
+    def write(self, row: Mapping[str, Any], prefix: str = "") -> None:
+        numbers = {prefix + name: value for name, value in row.items() if name != "step"}
+        self._run.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
