@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_bench, cli_data, cli_plan, cli_serve
+from hovle_jax import __version__, cli_bench, cli_data, cli_plan, cli_serve, preemption
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -70,15 +70,23 @@ def _usage(message: str) -> int:
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(args.config, rest)
-    from hovle_jax.hosts import connect
+    with preemption.listening():  # importing and connecting take seconds, too
+        return _train_on(args, config)
+
+
+def _train_on(args: argparse.Namespace, config: Any) -> int:
+    from hovle_jax import hosts
     from hovle_jax.train import Preempted, train
 
-    connect(args.coordinator, args.processes, args.process)
+    hosts.connect(args.coordinator, args.processes, args.process)
     try:
         train(config, args.workdir)
     except Preempted as reason:
         print(f"preempted: {reason}; run the same command again", file=sys.stderr)
         return EXIT_PREEMPTED
+    except Exception as error:
+        hosts.fail(error, traceback=args.debug)
+        raise
     print(f"{config.stage}: {config.steps} steps done, result in {args.workdir}")
     return 0
 

@@ -300,7 +300,11 @@ class RunConfig:
     seed: int = 0
     log_every: int = 10
     save_every: int = 500  # 0 = only at the end
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # every checkpoint of a multiple of so many steps is kept, too; 0 = none
+    storage: str = (
+        ""  # directory of checkpoints and frozen parameters, or gs://; '' = work directory
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)

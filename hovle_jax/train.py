@@ -5,22 +5,20 @@ mesh -> shapes -> shardings -> restore or initialise -> (batch -> step -> metric
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from hovle_jax import sharding
+from hovle_jax import preemption, sharding
 from hovle_jax.checkpoint import (
-    Checkpoints,
     open_stored,
     read_config,
+    storage_of,
     write_config,
     write_tree,
 )
@@ -28,10 +26,11 @@ from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import DataBarrier
+from hovle_jax.hosts import PREEMPTIONS, SIGTERM, DataBarrier, data_share, make_mesh
 from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
 from hovle_jax.metrics import MetricLog, Progress
 from hovle_jax.optim import make_optimizer
+from hovle_jax.run_checkpoints import Checkpoints
 from hovle_jax.stages import Stage, get_stage
 from hovle_jax.train_step import (
     TrainState,
@@ -45,11 +44,10 @@ from hovle_jax.train_step import (
 from hovle_jax.tree import flatten, split, unflatten
 
 Params = dict[str, Any]
-_SIGTERM = "SIGTERM"
 
 
 class Preempted(Exception):
-    """SIGTERM arrived; a checkpoint was saved and the same command continues from it."""
+    """SIGTERM or a maintenance notice; nothing is lost, and the same command goes on."""
 
 
 def train(
@@ -65,74 +63,79 @@ def train(
 
     Raises:
       UserError: anything the caller can mend, before the first step wherever possible.
-      Preempted: SIGTERM; a checkpoint was saved.
+      Preempted: SIGTERM or a maintenance notice; every step that was done is saved.
     """
     stage = get_stage(config.stage)
     workdir = Path(workdir)
-    _check_same_run(config, workdir)
-    if not config.data.tokenizer:
-        raise UserError("config.data.tokenizer: needs a tokenizer directory")
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    _check_same_tokenizer(tokenizer, workdir / "tokenizer")
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
-    checkpoints = Checkpoints(workdir, config.keep)
-    with jax.set_mesh(mesh):
-        # What can be wrong is looked at first, what takes long last.
-        if checkpoints.latest() is None:
-            check_order(config, stage)
-        step_fn = jit_step(config, mesh)
-        index = Path(config.data.index or workdir / "index")
-        pipeline = Pipeline(
-            config,
-            stage.data,
-            stage.token_weights,
-            tokenizer,
-            index=index,
-            rejects=workdir / "rejects.jsonl",
-            quiet=quiet,
-            workers=config.data.workers,
-        )
+    barrier = DataBarrier(config.data.timeout)
+    with barrier.together():
+        _check_same_run(config, workdir)
+        if not config.data.tokenizer:
+            raise UserError("config.data.tokenizer: needs a tokenizer directory")
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+        _check_same_tokenizer(tokenizer, workdir / "tokenizer")
+        mesh = make_mesh(config.mesh, devices)
+        host, hosts = data_share(mesh)
+        sharding.check_rows(config.data.rows, config.optim.accumulate, mesh)
+    barrier.agree(
+        flatten({"config": to_dict(config)}, ".")
+        | {"--workdir": str(workdir), "the tokenizer": tokenizer.fingerprint}
+    )
+    checkpoints = Checkpoints(workdir, config, barrier)
+    with jax.set_mesh(mesh), preemption.listening() as terminated:
+        with barrier.together():
+            # What can be wrong is looked at first, what takes long last.
+            if checkpoints.latest() is None:
+                check_order(config, stage)
+            step_fn = jit_step(config, mesh)
+            index = Path(config.data.index or workdir / "index")
+            pipeline = Pipeline(
+                config,
+                stage.data,
+                stage.token_weights,
+                tokenizer,
+                index=index,
+                rejects=workdir / "rejects.jsonl",
+                quiet=quiet,
+                workers=config.data.workers,
+            )
+        barrier.agree({"the data": pipeline.summary()})
         teach = teacher_params(config, mesh) if stage.teacher else {}
         state, frozen, cursor = _start(config, stage, mesh, checkpoints, workdir)
         leads = jax.process_index() == 0  # one host writes what all share
         if leads:
             write_config(workdir, config)
             tokenizer.save(workdir / "tokenizer")
-        batches = pipeline.batches(cursor, host=jax.process_index(), hosts=jax.process_count())
+        batches = pipeline.batches(cursor, host=host, hosts=hosts)
         log = MetricLog(workdir / "metrics.jsonl", int(state.step)) if leads else None
         progress = Progress(stage.name, config.steps, config.log_every, int(state.step))
         if leads and not quiet:
             print(*pipeline.summary(cursor), sep="\n", file=sys.stderr)
         place = sharding.batch_sharding(mesh)
-        barrier = DataBarrier(config.data.timeout)
         reporter = _Reporter(log, progress if leads and not quiet else None, pipeline.names)
-        with _sigterm() as terminated:
-            for step in range(int(state.step) + 1, config.steps + 1):
-                begin = time.monotonic()
-                stop = _SIGTERM if terminated else ""
-                try:
-                    if not stop:
-                        host_batch, following = next(batches)
-                except UserError as error:
-                    stop = str(error)
-                if stop := barrier.wait(step, stop):  # no step that is done is lost
-                    if step - 1 not in (0, checkpoints.latest()):
-                        reporter.flush()
-                        checkpoints.save(state, cursor)
-                    checkpoints.close()
-                    if stop == _SIGTERM:
-                        raise Preempted(f"saved step {step - 1} in {workdir}")
-                    raise UserError(stop)
-                cursor = following
-                waited = time.monotonic() - begin
-                batch = _to_device(host_batch, place)
-                state, metrics = step_fn(state, frozen, teach, batch)
-                reporter.dispatched(step, metrics, waited, int(pipeline.read[1]))
-                due = config.save_every and step % config.save_every == 0
-                if due or step == config.steps:
-                    reporter.flush()  # a saved step is never missing from the metrics
-                    checkpoints.save(state, cursor)
+        for step in range(int(state.step) + 1, config.steps + 1):
+            begin = time.monotonic()
+            stop = checkpoints.failure() or (SIGTERM if terminated else "")
+            try:
+                if not stop:
+                    host_batch, following = next(batches)
+            except UserError as error:
+                stop = str(error)
+            if stop := barrier.wait(step, stop):  # no step that is done is lost
+                reporter.flush()
+                where = checkpoints.stop(state, cursor, stop)
+                if stop in PREEMPTIONS:
+                    raise Preempted(f"{stop}, {where}")
+                raise UserError(stop)
+            cursor = following
+            waited = time.monotonic() - begin
+            batch = _to_device(host_batch, place)
+            state, metrics = step_fn(state, frozen, teach, batch)
+            reporter.dispatched(step, metrics, waited, int(pipeline.read[1]))
+            due = config.save_every and step % config.save_every == 0
+            if due or step == config.steps:
+                reporter.flush()  # a saved step is never missing from the metrics
+                checkpoints.save(state, cursor)
         last = reporter.finish()
         checkpoints.close()
         return last
@@ -166,7 +169,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.attention",
         "model.loss_chunk",
     }
-    for name in ("stage", "model", "trainable", "seed", "data"):
+    for name in ("stage", "model", "trainable", "seed", "storage", "data"):
         old, new = (flatten({name: to_dict(getattr(c, name))}, ".") for c in (stored, config))
         changed = sorted(k for k in new if old[k] != new[k] and k not in free)
         if changed:
@@ -190,12 +193,13 @@ def _start(
     if step is not None:
         shapes = jax.tree.map(with_sharding, state_shapes(config), shardings)
         state, cursor = checkpoints.restore(step, shapes)
-        frozen = open_stored(workdir).read(placed(config, frozen_shapes, mesh))
+        stored = open_stored(workdir, verified=True)  # by `Checkpoints`
+        frozen = stored.read(placed(config, frozen_shapes, mesh))
         return state, unflatten(frozen), cursor
     params = initial_params(config, stage, mesh)
     trainable, frozen = split(params, trainable_regex(config))
     if frozen:
-        write_tree(workdir / "frozen", frozen)
+        write_tree(storage_of(workdir, config) / "frozen", frozen)
     tx = make_optimizer(config.optim, config.steps, trainable_shapes)
     state = jax.jit(lambda p: new_state(p, tx), out_shardings=shardings, donate_argnums=0)(
         trainable
@@ -254,18 +258,3 @@ class _Reporter:
                 for key in values.keys() - row.keys():
                     row[key.replace("source/", f"source/{name}/")] = values[key][number]
         return row
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[list[bool]]:
-    """A list that becomes non-empty when SIGTERM arrives (only the main thread can listen)."""
-    received: list[bool] = []
-    try:
-        old = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    except ValueError:
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, old)
