@@ -248,15 +248,15 @@ def open_stored(directory: str | Path, kind: str = "model", *, verified: bool = 
 def _open_native(directory: Path) -> Stored:
     config, data = _read_config(directory)
     if not isinstance(config, RunConfig):
-        trees = [_open_tree(_absolute(directory / "params"))]
+        trees = [open_tree(_absolute(directory / "params"))]
         return Stored(str(directory), config, data, trees=tuple(trees))
     storage = storage_of(directory, config)
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: no finished checkpoint")
-    trees = [_open_tree(storage / "checkpoints" / str(step) / "params")]
+    trees = [open_tree(storage / "checkpoints" / str(step) / "params")]
     if (storage / "frozen").is_dir():
-        trees.insert(0, _open_tree(storage / "frozen"))
+        trees.insert(0, open_tree(storage / "frozen"))
     return Stored(str(directory), config, data, step, tuple(trees))
 
 
@@ -280,7 +280,8 @@ def latest_step(workdir: str | Path) -> int | None:
     return max(finished_steps(run_storage(workdir) / "checkpoints"), default=None)
 
 
-def _open_tree(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+def open_tree(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+    """An Orbax directory with its arrays, which are not yet read; its files have their sizes."""
     if not path.is_dir():
         raise UserError(f"{path}: missing; the directory is not complete")
     _check_digests(path, contents=False)
@@ -334,12 +335,12 @@ def cursor_before(workdir: str | Path, step: int) -> tuple[int, Cursor]:
     """(steps done, data cursor) of the newest checkpoint before `step`; (0, START) without one."""
     root = run_storage(workdir) / "checkpoints"
     found = [s for s in finished_steps(root) if s < step]
-    return (max(found), read_meta(root, max(found))["cursor"]) if found else (0, START)
+    return (max(found), read_meta(root / str(max(found)))["cursor"]) if found else (0, START)
 
 
-def read_meta(root: epath.Path, step: int) -> dict[str, Any]:
+def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
     """What a checkpoint holds besides arrays: {"cursor", "skipped"}."""
-    path = root / str(step) / "meta" / "metadata"
+    path = checkpoint / "meta" / "metadata"
     try:
         return json.loads(path.read_text())
     except Exception as error:  # every store has its own

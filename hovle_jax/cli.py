@@ -17,7 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_bench, cli_data, cli_plan, cli_serve, preemption
+from hovle_jax import (
+    __version__,
+    cli_bench,
+    cli_checkpoint,
+    cli_data,
+    cli_plan,
+    cli_serve,
+    preemption,
+)
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -78,7 +86,9 @@ def _train_on(args: argparse.Namespace, config: Any) -> int:
     from hovle_jax import hosts
     from hovle_jax.train import Preempted, train
 
-    hosts.connect(args.coordinator, args.processes, args.process)
+    hosts.connect(
+        args.coordinator, args.processes, args.process, args.start_timeout, args.dead_after
+    )
     try:
         train(config, args.workdir)
     except Preempted as reason:
@@ -193,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     coordinator.help = "of several hosts, where neither TPU nor Slurm tells; with the next two"
     train.add_argument("--processes", type=int, default=1)
     train.add_argument("--process", type=int, default=0, help="this one, from 0")
+    train.add_argument(
+        "--start-timeout", type=int, default=300, help="seconds in which all hosts have to come"
+    )
+    train.add_argument(
+        "--dead-after", type=int, default=100, help="seconds of silence that make a host dead"
+    )
 
     cli_plan.add_command(add, load_config)
 
@@ -205,6 +221,14 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help=cli_bench.__doc__, description=cli_bench.__doc__, allow_abbrev=False
     )
     cli_bench.add_commands(bench, load_config)
+
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help=cli_checkpoint.__doc__,
+        description=cli_checkpoint.__doc__,
+        allow_abbrev=False,
+    )
+    cli_checkpoint.add_commands(checkpoint)
 
     imported = add(
         "import",

@@ -31,7 +31,7 @@ _FAILED = "saving step"  # how the reason of a failed save begins
 _UNFINISHED = re.compile(r"\.orbax-checkpoint-tmp[^/]*")
 _DELETED = ".deleted"
 _TIMEOUT = 1200  # seconds for all hosts to have written
-_DAMAGED = "damaged"  # where damaged checkpoints are put aside
+DAMAGED = "damaged"  # where damaged checkpoints are put aside
 
 
 def kept(steps: list[int], keep: int, keep_every: int) -> dict[int, str]:
@@ -125,6 +125,8 @@ class Checkpoints:
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Cursor]:
         """`shapes`: ShapeDtypeStructs with the shardings to restore onto, whatever was saved."""
         where = self._root / str(step)
+        if self._leads:
+            print(f"going on from step {step} ({where})", file=sys.stderr, flush=True)
         items = {
             "params": ocp.args.StandardRestore(shapes.params),
             "optimizer": ocp.args.StandardRestore(shapes.opt_state),
@@ -202,9 +204,9 @@ class Checkpoints:
         return step
 
     def _aside(self, step: int) -> epath.Path:
-        (self._root / _DAMAGED).mkdir(exist_ok=True)
+        (self._root / DAMAGED).mkdir(exist_ok=True)
         names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in itertools.count(2))))
-        aside = next(p for n in names if not (p := self._root / _DAMAGED / n).exists())
+        aside = next(p for n in names if not (p := self._root / DAMAGED / n).exists())
         return (self._root / str(step)).rename(aside)
 
     def _everywhere(self, lines: list[str]) -> list[str]:
