@@ -10,7 +10,8 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from traceback import print_exception
 from typing import Any
 
@@ -31,6 +32,7 @@ _START = (
     "--worker=all --command='hovle train ...'; elsewhere --coordinator=HOST:PORT --processes=N "
     "--process=I)"
 )
+_PATIENCE = 600.0  # seconds between hosts while they start, measure data and read parameters
 _runs = itertools.count()  # a process may train more than once
 
 
@@ -64,6 +66,8 @@ def connect(
                     f"--coordinator={coordinator} --processes={processes} --process={process}: "
                     "wants HOST:PORT of the first host, how many there are, and this one from 0"
                 )
+            if process:
+                _reach(coordinator, start_timeout)
             jax.distributed.initialize(coordinator, processes, process, **limits)
         elif (
             "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -79,6 +83,24 @@ def connect(
             f"{socket.gethostname()}: the hosts of the run did not find each other within "
             f"{start_timeout} s ({reason}); {_START}"
         ) from None
+
+
+def _reach(coordinator: str, seconds: float) -> None:
+    """Waits until the first host listens: jax would end this process without a word to the user."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline or isinstance(error, ValueError):
+                raise UserError(
+                    f"{socket.gethostname()}: nothing answers at --coordinator={coordinator} after "
+                    f"{seconds} s ({one_line(error)}); is host 0 running and the address its own? "
+                    f"{_START[0].upper()}{_START[1:]}"
+                ) from None
+            time.sleep(0.2)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -151,7 +173,7 @@ class DataBarrier:
         reasons = f"{_STOP}/{self._run}/{step}/"
         if stop:
             self._client.key_value_set(f"{reasons}{process:06}", stop)
-        with _peers(self._timeout, lambda: self._late(step)):
+        with _peers(lambda: self._late(step)):
             self._client.wait_at_barrier(_PREFIX, int(self._timeout * 1000))
             said = self._client.key_value_dir_get(reasons)
         return next((reason for _, reason in sorted(said)), "")
@@ -173,6 +195,7 @@ class DataBarrier:
         """What every host gives, in their order; all hosts have to call it, equally often."""
         if self._client is None:
             return [value]
+        patience = max(self._timeout, _PATIENCE)
         root = f"hovle/talk/{self._run}/{next(self._talks)}/"
         self._client.key_value_set(f"{root}{jax.process_index():06}", value)
 
@@ -180,10 +203,10 @@ class DataBarrier:
             assert self._client is not None
             came = {int(k.rsplit("/", 1)[1]) for k, _ in self._client.key_value_dir_get(root)}
             missing = [str(i) for i in range(jax.process_count()) if i not in came]
-            return f"no sign after {self._timeout:g} s, while the run starts, from {_some(missing)}"
+            return f"no sign after {patience:g} s, while the run starts, from {_some(missing)}"
 
-        with _peers(self._timeout, late):
-            self._client.wait_at_barrier(root, int(self._timeout * 1000))
+        with _peers(late):
+            self._client.wait_at_barrier(root, int(patience * 1000))
             said = self._client.key_value_dir_get(root)
         return [value for _, value in sorted(said)]
 
@@ -239,7 +262,7 @@ class DataBarrier:
 
 
 @contextlib.contextmanager
-def _peers(timeout: float, late: Any) -> Iterator[None]:
+def _peers(late: Callable[[], str]) -> Iterator[None]:
     """Errors of the coordination service as one line; `late()` says who did not come."""
     try:
         yield
@@ -275,6 +298,8 @@ def lost_peer(error: BaseException) -> str:
     if jax.process_count() < 2 or not any(x.lower() in text.lower() for x in _GONE):
         return ""
     tasks = sorted({int(n) for n in re.findall(r"task[:/ ](\d+)", text)} - {jax.process_index()})
+    if not tasks and jax.process_count() == 2:
+        tasks = [1 - jax.process_index()]
     who = f"host {', '.join(map(str, tasks))}" if tasks else "another host"
     return (
         f"host {jax.process_index()} ({socket.gethostname()}): lost {who} of "
