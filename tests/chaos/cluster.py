@@ -24,6 +24,19 @@ from hovle_jax.streaming import open_arrays, read_array
 LIMIT = 600.0  # seconds until a launch counts as hanging; generous, for machines that are busy
 DEAD_AFTER = 10  # seconds of silence that make a host dead
 
+# Only process 0 keeps what it compiled; the others would compile all of it at every start.
+CACHE = """
+from jax._src import compiler, distributed
+write = compiler._cache_write
+def write_too(*args, **kwargs):
+    here, distributed.global_state.process_id = distributed.global_state.process_id, 0
+    try:
+        write(*args, **kwargs)
+    finally:
+        distributed.global_state.process_id = here
+compiler._cache_write = write_too
+"""
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -68,7 +81,7 @@ class Launch:
             if processes > 1:
                 argv += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
                 argv += [f"--process={process}", f"--dead-after={DEAD_AFTER}"]
-            source = (prelude or {}).get(process, "")
+            source = CACHE + (prelude or {}).get(process, "")
             source += "\nimport sys; from hovle_jax.cli import main\n"
             source += f"sys.exit(main({[*argv[1:], *flags]!r}))"
             log = workdir.parent / f"{workdir.name}.{number + process:03}.log"
