@@ -205,7 +205,7 @@ class Checkpoints:
 
     def _aside(self, step: int) -> epath.Path:
         (self._root / DAMAGED).mkdir(exist_ok=True)
-        names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in itertools.count(2))))
+        names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(2)))
         aside = next(p for n in names if not (p := self._root / DAMAGED / n).exists())
         return (self._root / str(step)).rename(aside)
 
