@@ -139,6 +139,14 @@ class Launch:
                 raise AssertionError(f"hangs: {self._all()}") from None
         return [int(host.returncode) for host in self.hosts]
 
+    def end_after(self, victim: int, grace: float = 5.0) -> None:
+        """What launchers do: when one process was ended by a signal, the others are ended, too."""
+        self.hosts[victim].wait(LIMIT)
+        if self.hosts[victim].returncode < 0:
+            time.sleep(grace)
+            for host in self.hosts:
+                host.kill()
+
     def done(self) -> Launch:
         assert self.wait() == [0] * len(self.hosts), self._all()
         return self

@@ -27,6 +27,8 @@ def disturb(config, workdir: Path, kills: list[tuple[str, signal.Signals]], rng)
             victim = rng.randrange(2)
             wait_for(phase, launch, first, rng)
             launch.send(victim, kill)
+            if phase == "initialisation":
+                launch.end_after(victim)  # others may still wait for it to come
             codes = launch.wait()
         check(launch, phase, kill, victim, codes, first)
     cluster.run(config, workdir).done()
@@ -43,7 +45,8 @@ def wait_for(phase: str, launch: Launch, first: int, rng) -> None:
         launch.until(lambda: any(step > after for step in unfinished(workdir)))
     else:
         goal = first + rng.randrange(1, 2 * EVERY)
-        launch.until(lambda: last_row(workdir) >= goal)
+        # Once the run has begun, and has dropped the rows of steps that were lost.
+        launch.until(lambda: "of the samples" in launch.text(0) and last_row(workdir) >= goal)
 
 
 def check(launch: Launch, phase, kill, victim, codes, first) -> None:
@@ -58,10 +61,11 @@ def check(launch: Launch, phase, kill, victim, codes, first) -> None:
         writing = [step for step in unfinished(workdir) if step > newest]
         late = max(done - max(writing), 0) if writing else 0
         assert done - newest <= EVERY + late, (what, done, newest, writing)
-        if codes[1 - victim] not in (0, -signal.SIGKILL):  # it ended by itself, and said why
-            named = ("lost ", "JAX distributed service", "coordination service")
+        if phase != "initialisation" and codes[victim]:  # the other ended by itself, and said why
+            named = ("lost host", "JAX distributed service")
+            assert codes[1 - victim] in (1, -signal.SIGABRT), what
             assert any(x in launch.text(1 - victim) for x in named), (what, texts[-3000:])
-    elif codes[victim] == -signal.SIGTERM:
+    elif -signal.SIGTERM in codes:
         assert phase == "initialisation", what  # the interpreter had not yet begun to listen
     elif codes != [0, 0]:
         assert codes == [75, 75], (what, texts[-3000:])
@@ -89,11 +93,11 @@ def mesh(world, stage: str, **changes):
 
 def test_a_few_kills_change_nothing(world, tmp_path):
     """The short version: stage II, one kill of each kind."""
-    config = mesh(world, "align", steps=40)
+    config = mesh(world, "align", steps=30)
     cluster.run(config, tmp_path / "whole").done()
-    kills = [("save", signal.SIGKILL), ("restore", signal.SIGTERM), ("step", signal.SIGKILL)]
+    kills = [("save", signal.SIGKILL), ("step", signal.SIGTERM), ("restore", signal.SIGKILL)]
     disturb(config, tmp_path / "disturbed", kills, random.Random(1))
-    compare(tmp_path / "whole", tmp_path / "disturbed", 40)
+    compare(tmp_path / "whole", tmp_path / "disturbed", 30)
 
 
 @pytest.mark.slow
