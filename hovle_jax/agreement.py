@@ -52,12 +52,6 @@ def exchange(topic: str, mine: str, timeout: float) -> dict[str, str]:
     return {f"{n} ({name})": text for n, (_, name, text) in answers.items()}
 
 
-def agree(topic: str, mine: str, hint: str, timeout: float) -> None:
-    """UserError on every host, naming those that say something else than most."""
-    if odd := odd_ones(exchange(topic, mine, timeout)):
-        raise UserError(f"{topic} differs on host {_few(odd)}; {hint}")
-
-
 def odd_ones(said: Mapping[str, str]) -> list[str]:
     """The hosts that do not say what most say."""
     common, _ = collections.Counter(said.values()).most_common(1)[0]

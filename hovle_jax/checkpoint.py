@@ -6,6 +6,9 @@
       tokenizer/    (models)              checkpoints/STEP/  params/ optimizer/ meta (cursor)
       unused.safetensors (imported)       tokenizer/  metrics.jsonl
 
+digests.json in params, frozen and STEP lists what was written; nothing is read that differs. With
+config.storage, frozen and checkpoints lie there and not in the work directory.
+
 Reading merges `frozen` with the newest finished checkpoint, so both kinds load the same way. A
 Hugging Face directory can stand wherever a model or teacher directory can (`hf.reader`).
 """
@@ -23,8 +26,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from hovle_jax import model, teacher
+from hovle_jax import digests, model, teacher
 from hovle_jax.config import (
     DataConfig,
     ModelConfig,
@@ -34,11 +38,10 @@ from hovle_jax.config import (
     to_dict,
 )
 from hovle_jax.data.pipeline import START, Cursor
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
 from hovle_jax.streaming import open_arrays, read_array
-from hovle_jax.train_step import TrainState
 from hovle_jax.tree import flatten, unflatten
 
 CONFIG = "config.json"
@@ -89,9 +92,23 @@ def save_model(directory: str | Path, config: ModelConfig | TeacherConfig, param
     write_tree(Path(directory) / "params", params)
 
 
-def write_tree(path: Path, tree: Any) -> None:
+def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
+    """Writes arrays into a directory that then is complete, or lacks its digests.json."""
+    directory = _absolute(path)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree, force=True)
+        checkpointer.save(directory, tree, force=True)
+    if jax.process_index() == 0:
+        digests.write(directory)
+
+
+def _absolute(path: str | os.PathLike[str]) -> epath.Path:
+    remote = "://" in os.fspath(path)
+    return epath.Path(path if remote else os.path.abspath(path))
+
+
+def storage_of(workdir: str | Path, config: RunConfig) -> epath.Path:
+    """Where a run keeps `frozen` and `checkpoints`: local, gs:// or whatever epath knows."""
+    return _absolute(config.storage or workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +119,10 @@ class Stored:
     config: Config
     data: DataConfig | None  # chat template and tile limits
     step: int | None = None  # of a run
-    trees: tuple[tuple[Path, dict[str, Any]], ...] = ()  # (orbax directory, {path: TensorStore})
+    trees: tuple[
+        tuple[epath.Path, dict[str, Any]], ...
+    ] = ()  # (its directory, {path: TensorStore})
+    verified: bool = False  # the contents of the trees have been compared with their digests
     hub: reader.HubDirectory | None = None
 
     @property
@@ -138,6 +158,7 @@ class Stored:
         """
         if self.hub is not None:
             return self._read_hub(wanted)
+        self._verify()
         out: dict[str, Any] = {}
         for path, arrays in self.trees:
             here = {k: wanted[k] for k in arrays if k in wanted}
@@ -171,6 +192,7 @@ class Stored:
         A Hugging Face tensor that holds several of them is read once.
         """
         if self.hub is None:
+            self._verify()
             where = ((path, *self._array(path)) for path in paths)
             return tuple(read_array(tree, path, array, index) for path, tree, array in where)
         found: dict[str, np.ndarray] = {}
@@ -193,7 +215,14 @@ class Stored:
                 raise UserError(f"{self.directory}: holds {name}, which the config has not")
             self._check_shape(name, array.shape, shapes[name])
 
-    def _array(self, path: str) -> tuple[Path, Any]:
+    def _verify(self) -> None:
+        """Once; a flipped bit would otherwise be read as a number."""
+        if not self.verified:
+            for tree, _ in self.trees:
+                _check_digests(tree, contents=True)
+            object.__setattr__(self, "verified", True)
+
+    def _array(self, path: str) -> tuple[epath.Path, Any]:
         return next((tree, found[path]) for tree, found in reversed(self.trees) if path in found)
 
     def _check_shape(self, name: str, shape: Any, want: Any) -> None:
@@ -204,13 +233,13 @@ class Stored:
             )
 
 
-def open_stored(directory: str | Path, kind: str = "model") -> Stored:
+def open_stored(directory: str | Path, kind: str = "model", *, verified: bool = False) -> Stored:
     """Opens a native or Hugging Face directory; `kind` ("model" or "teacher") picks a part where
-    a Hugging Face directory has both."""
+    a Hugging Face directory has both. `verified`: the caller has compared it with its digests."""
     if reader.is_hugging_face(directory):
         hub = reader.open_directory(directory)
         return Stored(str(directory), hub.part(kind).config, hub.data, hub=hub)
-    stored = _open_native(Path(directory))
+    stored = dataclasses.replace(_open_native(Path(directory)), verified=verified)
     if not isinstance(stored.config, TeacherConfig):
         check_ids(stored.model, stored.tokenizer)
     return stored
@@ -219,32 +248,55 @@ def open_stored(directory: str | Path, kind: str = "model") -> Stored:
 def _open_native(directory: Path) -> Stored:
     config, data = _read_config(directory)
     if not isinstance(config, RunConfig):
-        trees = [_open_tree(directory / "params")]
+        trees = [open_tree(_absolute(directory / "params"))]
         return Stored(str(directory), config, data, trees=tuple(trees))
+    storage = storage_of(directory, config)
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: no finished checkpoint")
-    trees = [_open_tree(directory / "checkpoints" / str(step) / "params")]
-    if (directory / "frozen").is_dir():
-        trees.insert(0, _open_tree(directory / "frozen"))
+    trees = [open_tree(storage / "checkpoints" / str(step) / "params")]
+    if (storage / "frozen").is_dir():
+        trees.insert(0, open_tree(storage / "frozen"))
     return Stored(str(directory), config, data, step, tuple(trees))
+
+
+def finished_steps(root: epath.Path) -> list[int]:
+    """The checkpoints below `root`, oldest first; one being written has another name."""
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit())
+
+
+def run_storage(workdir: str | Path) -> epath.Path:
+    """`storage_of` a work directory by its own config; itself where it has none yet."""
+    if not (Path(workdir) / CONFIG).is_file():
+        return _absolute(workdir)
+    config = read_config(workdir)
+    return storage_of(workdir, config) if isinstance(config, RunConfig) else _absolute(workdir)
 
 
 def latest_step(workdir: str | Path) -> int | None:
     """Newest finished checkpoint of a work directory; unfinished ones do not count."""
-    root = Path(workdir) / "checkpoints"
-    if not root.is_dir():
-        return None
-    return max((int(p.name) for p in root.iterdir() if p.name.isdigit()), default=None)
+    return max(finished_steps(run_storage(workdir) / "checkpoints"), default=None)
 
 
-def _open_tree(path: Path) -> tuple[Path, dict[str, Any]]:
+def open_tree(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+    """An Orbax directory with its arrays, which are not yet read; its files have their sizes."""
     if not path.is_dir():
         raise UserError(f"{path}: missing; the directory is not complete")
+    _check_digests(path, contents=False)
     return path, open_arrays(path)
 
 
-def _restore(path: Path, item: Any, arrays: Mapping[str, Any]) -> Any:
+def _check_digests(tree: epath.Path, *, contents: bool) -> None:
+    """Of a tree by itself, or of one item of a checkpoint."""
+    item = tree.parent.name.isdigit() and tree.parent.parent.name == "checkpoints"
+    root, under = (tree.parent, f"{tree.name}/") if item else (tree, "")
+    if lines := digests.damage(root, under, contents=contents):
+        raise UserError(f"{lines[0]}; copy {root} again, or make it anew")
+
+
+def _restore(path: epath.Path, item: Any, arrays: Mapping[str, Any]) -> Any:
     args = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -252,7 +304,7 @@ def _restore(path: Path, item: Any, arrays: Mapping[str, Any]) -> Any:
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.absolute(), args=args)
+            return checkpointer.restore(path, args=args)
     except Exception as error:  # orbax raises nothing narrower
         for name in flatten(item):  # which array it was, in one line
             read_array(path, name, arrays[name])
@@ -281,67 +333,15 @@ def load(directory: str | Path, kind: str = "model") -> tuple[Stored, dict[str, 
 
 def cursor_before(workdir: str | Path, step: int) -> tuple[int, Cursor]:
     """(steps done, data cursor) of the newest checkpoint before `step`; (0, START) without one."""
-    root = Path(workdir) / "checkpoints"
-    found = [int(p.name) for p in root.glob("*") if p.name.isdigit() and int(p.name) < step]
-    if not found:
-        return 0, START
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        meta = checkpointer.restore(root.absolute() / str(max(found)) / "meta")
-    return max(found), meta["cursor"]
+    root = run_storage(workdir) / "checkpoints"
+    found = [s for s in finished_steps(root) if s < step]
+    return (max(found), read_meta(root / str(max(found)))["cursor"]) if found else (0, START)
 
 
-class Checkpoints:
-    """The checkpoints of one work directory: asynchronous, atomic, the last `keep` of them."""
-
-    def __init__(self, workdir: str | Path, keep: int):
-        self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-            item_names=("params", "optimizer", "meta"),
-        )
-
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(self, state: TrainState, cursor: Cursor) -> None:
-        """Saves after the step that `cursor` follows. Errors of the save before surface here."""
-        self._manager.check_for_errors()
-        meta = {"cursor": cursor, "skipped": int(state.skipped)}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            force=True,
-        )
-
-    def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Cursor]:
-        """`shapes`: ShapeDtypeStructs with the shardings to restore onto, whatever was saved."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(shapes.params),
-                optimizer=ocp.args.StandardRestore(shapes.opt_state),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        meta = restored["meta"]
-
-        def counter(value: int, like: Any) -> jax.Array:
-            return jax.device_put(np.int32(value), like.sharding)
-
-        state = TrainState(
-            counter(step, shapes.step),
-            counter(meta["skipped"], shapes.skipped),
-            restored["params"],
-            restored["optimizer"],
-        )
-        return state, meta["cursor"]
-
-    def close(self) -> None:
-        """Waits for the last save and raises its error, if it had one."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manager.close()
+def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
+    """What a checkpoint holds besides arrays: {"cursor", "skipped"}."""
+    path = checkpoint / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text())
+    except Exception as error:  # every store has its own
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None

@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hovle_jax import __version__, cli_bench, cli_data, cli_eval, cli_plan, cli_serve
+from hovle_jax import (
+    __version__,
+    cli_bench,
+    cli_checkpoint,
+    cli_data,
+    cli_eval,
+    cli_plan,
+    cli_serve,
+    preemption,
+)
 from hovle_jax.errors import UserError
 
 EXIT_ERROR, EXIT_PREEMPTED = 1, 75
@@ -70,22 +79,32 @@ def _usage(message: str) -> int:
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(args.config, rest)
-    from hovle_jax.hosts import connect
+    with preemption.listening():  # importing and connecting take seconds, too
+        return _train_on(args, config)
+
+
+def _train_on(args: argparse.Namespace, config: Any) -> int:
+    from hovle_jax import hosts
     from hovle_jax.profiler import parse_window
     from hovle_jax.replay import replay
     from hovle_jax.train import Preempted, train
 
     window = parse_window(args.profile)
-    connect(args.coordinator, args.processes, args.process)
-    if args.replay_step:
-        done = replay(config, args.workdir, args.replay_step)
-        print(f"steps {done[0]} to {done[-1]}: as recorded, bit for bit")
-        return 0
+    hosts.connect(
+        args.coordinator, args.processes, args.process, args.start_timeout, args.dead_after
+    )
     try:
+        if args.replay_step:
+            done = replay(config, args.workdir, args.replay_step)
+            print(f"steps {done[0]} to {done[-1]}: as recorded, bit for bit")
+            return 0
         train(config, args.workdir, profile=window)
     except Preempted as reason:
         print(f"preempted: {reason}; run the same command again", file=sys.stderr)
         return EXIT_PREEMPTED
+    except Exception as error:
+        hosts.fail(error, traceback=args.debug)
+        raise
     print(f"{config.stage}: {config.steps} steps done, result in {args.workdir}")
     return 0
 
@@ -208,6 +227,12 @@ def _parser() -> argparse.ArgumentParser:
     coordinator.help = "of several hosts, where neither TPU nor Slurm tells; with the next two"
     train.add_argument("--processes", type=int, default=1)
     train.add_argument("--process", type=int, default=0, help="this one, from 0")
+    train.add_argument(
+        "--start-timeout", type=int, default=300, help="seconds in which all hosts have to come"
+    )
+    train.add_argument(
+        "--dead-after", type=int, default=100, help="seconds of silence that make a host dead"
+    )
 
     traced = train.add_argument("--profile", default="", metavar="START:COUNT")
     traced.help = "trace these steps into WORKDIR/profile, for xprof"
@@ -235,6 +260,14 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help=cli_bench.__doc__, description=cli_bench.__doc__, allow_abbrev=False
     )
     cli_bench.add_commands(bench, load_config)
+
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help=cli_checkpoint.__doc__,
+        description=cli_checkpoint.__doc__,
+        allow_abbrev=False,
+    )
+    cli_checkpoint.add_commands(checkpoint)
 
     imported = add(
         "import",

@@ -337,7 +337,9 @@ class RunConfig:
     seed: int = 0
     log_every: int = 10
     save_every: int = 500  # 0 = only at the end
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # every checkpoint of a multiple of so many steps is kept, too; 0 = none
+    storage: str = ""  # checkpoints and frozen parameters lie here, or gs://; '' = work directory
     eval_every: int = 0  # steps between passes over the held-out records (data.holdout); 0 = none
     tensorboard: bool = False  # metrics also go to WORKDIR/tensorboard
     wandb: str = ""  # metrics also go to this project of Weights & Biases

@@ -16,7 +16,7 @@ import jax
 
 from hovle_jax import sharding
 from hovle_jax.array_digests import digests
-from hovle_jax.checkpoint import cursor_before
+from hovle_jax.checkpoint import cursor_before, finished_steps, storage_of
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.metrics import read_metrics
@@ -53,7 +53,7 @@ def replay(
             if reads:
                 compare(now, rows[now], by_name(values, run.pipeline.names))
                 print(f"step {now}: as recorded, loss {rows[now]['loss']!r}", file=sys.stderr)
-        if (Path(workdir) / "checkpoints" / str(step)).is_dir():
+        if step in finished_steps(storage_of(workdir, config) / "checkpoints"):
             find = digests(run.mesh)
             found, saved = find(_arrays(state)), find(_arrays(run.restore(step)[0]))
             if differ := [path for path in found if found[path] != saved[path]]:

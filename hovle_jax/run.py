@@ -14,16 +14,16 @@ from typing import Any
 import jax
 
 from hovle_jax import aot, sharding
-from hovle_jax.agreement import agree
-from hovle_jax.checkpoint import Checkpoints, open_stored, read_config, write_tree
+from hovle_jax.checkpoint import open_stored, read_config, storage_of, write_tree
 from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.data.pipeline import START, Cursor, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.guards import ParameterGuard
-from hovle_jax.hosts import DataBarrier
+from hovle_jax.hosts import DataBarrier, make_mesh
 from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
 from hovle_jax.optim import make_optimizer
+from hovle_jax.run_checkpoints import Checkpoints
 from hovle_jax.stages import Stage, get_stage
 from hovle_jax.train_step import (
     TrainState,
@@ -56,12 +56,8 @@ class Run:
     def program(self) -> Callable[..., Any]:
         """The training step, compiled; UserError names hosts that would run another one."""
         lowered = aot.lower(self.config, self.mesh)
-        agree(
-            "the program of the training step",
-            aot.fingerprint(lowered) if jax.process_count() > 1 else "",
-            "install the same versions everywhere and give the same --config",
-            self.config.data.timeout,
-        )
+        if jax.process_count() > 1:
+            self.barrier.agree({"the program of the training step": aot.fingerprint(lowered)})
         return lowered.compile()
 
     @property
@@ -87,7 +83,8 @@ class Run:
         shapes = jax.tree.map(with_sharding, state_shapes(self.config), where)
         state, cursor = self.checkpoints.restore(step, shapes)
         wanted = placed(self.config, frozen_shapes, self.mesh)
-        return state, unflatten(open_stored(self.workdir).read(wanted)), cursor
+        stored = open_stored(self.workdir, verified=True)  # by `Checkpoints`
+        return state, unflatten(stored.read(wanted)), cursor
 
     def fresh(self, *, write: bool = True) -> tuple[TrainState, Params, Cursor]:
         """From config.init; `write`: keep the frozen parameters in the work directory."""
@@ -96,7 +93,8 @@ class Run:
         trainable, frozen = split(params, trainable_regex(config))
         trainable_shapes, frozen_shapes = stage_shapes(config)
         if frozen and write:
-            write_tree(self.workdir / "frozen", frozen)  # as given; in memory as computed with
+            storage = storage_of(self.workdir, config)
+            write_tree(storage / "frozen", frozen)  # as given; in memory as computed with
         frozen = jax.tree.map(lambda x, want: x.astype(want.dtype), frozen, frozen_shapes)
         tx = make_optimizer(config.optim, config.steps, trainable_shapes)
         make = jax.jit(lambda p: new_state(p, tx), out_shardings=where, donate_argnums=0)
@@ -117,30 +115,38 @@ def open_run(
     """
     stage = get_stage(config.stage)
     workdir = Path(workdir)
-    _check_same_run(config, workdir)
-    if not config.data.tokenizer:
-        raise UserError("config.data.tokenizer: needs a tokenizer directory")
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    _check_same_tokenizer(tokenizer, workdir / "tokenizer")
-    mesh = sharding.make_mesh(config.mesh, devices)
-    check_batch(config, mesh)
-    checkpoints = Checkpoints(workdir, config.keep)
-    with jax.set_mesh(mesh):
-        if checkpoints.latest() is None:
-            check_order(config, stage)
-        state_shapes(config)  # complains of config.optim.groups and config.trainable
-        pipeline = Pipeline(
-            config,
-            stage.data,
-            stage.token_weights,
-            tokenizer,
-            index=Path(config.data.index or workdir / "index"),
-            rejects=workdir / "rejects.jsonl",
-            quiet=quiet,
-            workers=config.data.workers,
-        )
-        teacher = teacher_params(config, mesh) if stage.teacher else {}
     barrier = DataBarrier(config.data.timeout)
+    with barrier.together():
+        _check_same_run(config, workdir)
+        if not config.data.tokenizer:
+            raise UserError("config.data.tokenizer: needs a tokenizer directory")
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+        _check_same_tokenizer(tokenizer, workdir / "tokenizer")
+        mesh = make_mesh(config.mesh, devices)
+        check_batch(config, mesh)
+        sharding.share_of_rows(mesh)
+    barrier.agree(
+        flatten({"config": to_dict(config)}, ".")
+        | {"--workdir": str(workdir), "the tokenizer": tokenizer.fingerprint}
+    )
+    checkpoints = Checkpoints(workdir, config, barrier)
+    with jax.set_mesh(mesh):
+        with barrier.together():
+            if checkpoints.latest() is None:
+                check_order(config, stage)
+            state_shapes(config)  # complains of config.optim.groups and config.trainable
+            pipeline = Pipeline(
+                config,
+                stage.data,
+                stage.token_weights,
+                tokenizer,
+                index=Path(config.data.index or workdir / "index"),
+                rejects=workdir / "rejects.jsonl",
+                quiet=quiet,
+                workers=config.data.workers,
+            )
+        barrier.agree({"the data": pipeline.summary()})
+        teacher = teacher_params(config, mesh) if stage.teacher else {}
     return Run(config, workdir, stage, tokenizer, mesh, barrier, checkpoints, pipeline, teacher)
 
 
@@ -172,7 +178,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.attention",
         "model.loss_chunk",
     }
-    for name in ("stage", "model", "trainable", "seed", "data", "optim.moments"):
+    for name in ("stage", "model", "trainable", "seed", "storage", "data", "optim.moments"):
         look = operator.attrgetter(name)
         old, new = (flatten({name: to_dict(look(c))}, ".") for c in (stored, config))
         changed = sorted(k for k in new if old[k] != new[k] and k not in free)

@@ -6,6 +6,7 @@ An ordinary save holds each array and its encoded copy; a checkpoint of 10 GB wo
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from orbax.checkpoint import type_handlers
 
+from hovle_jax import digests
 from hovle_jax.errors import UserError
 from hovle_jax.tree import unflatten
 
@@ -67,6 +70,7 @@ def write_pieces(path: Path, arrays: dict[str, Pieces]) -> None:
     )
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(arrays)))
+    digests.write(epath.Path(path))
 
 
 def open_arrays(path: Path) -> dict[str, ts.TensorStore]:
@@ -90,7 +94,8 @@ def open_arrays(path: Path) -> dict[str, ts.TensorStore]:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
+    remote = "://" in str(path)
+    return {"driver": "ocdbt", "base": f"{path}/" if remote else f"file://{os.path.abspath(path)}/"}
 
 
 def _opened(path: Path, name: str, spec: dict[str, Any]) -> ts.TensorStore:

@@ -5,8 +5,6 @@ run.open_run: mesh, data, teacher -> program, state -> (batch -> step -> metrics
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +13,23 @@ from typing import Any
 
 import jax
 
-from hovle_jax import sharding
+from hovle_jax import preemption, sharding
 from hovle_jax.checkpoint import write_config
 from hovle_jax.config import RunConfig
 from hovle_jax.data.pipeline import Cursor, HostBatch
 from hovle_jax.errors import UserError
 from hovle_jax.goodput import Clock
 from hovle_jax.heldout import HeldOut
+from hovle_jax.hosts import PREEMPTIONS, SIGTERM
 from hovle_jax.profiler import Profile
 from hovle_jax.reporter import Reporter
 from hovle_jax.run import Run, open_run
 from hovle_jax.train_step import TrainState
 from hovle_jax.watchdog import Watchdog
 
-_SIGTERM = "SIGTERM"
-
 
 class Preempted(Exception):
-    """SIGTERM arrived; a checkpoint was saved and the same command continues from it."""
+    """SIGTERM or a maintenance notice; nothing is lost, and the same command goes on."""
 
 
 def train(
@@ -52,7 +49,7 @@ def train(
 
     Raises:
       UserError: anything the caller can mend, before the first step wherever possible.
-      Preempted: SIGTERM; a checkpoint was saved.
+      Preempted: SIGTERM or a maintenance notice; every step that was done is saved.
     """
     clock, began = Clock(), time.time()
     run = open_run(config, workdir, devices, quiet=quiet)
@@ -83,7 +80,7 @@ def train(
             reporter.saved()
 
         with (
-            _sigterm() as terminated,
+            preemption.listening() as terminated,
             Profile(profile, run.workdir) as profiler,
             Watchdog(watched.step_timeout, run.workdir, reporter.doing) as watchdog,
         ):
@@ -91,16 +88,17 @@ def train(
                 watchdog.beat()
                 with clock.phase("data"):
                     begin = time.monotonic()
-                    batch, following, stop = _next(batches, terminated)
+                    stop = checkpoints.failure() or (SIGTERM if terminated else "")
+                    batch, following, stop = _next(batches, stop)
                     stop = run.barrier.wait(step, stop)
                     waited = begin, time.monotonic()
-                if stop:
-                    if step - 1 not in (0, checkpoints.latest()):  # no step that is done is lost
-                        save()
-                    checkpoints.close()
+                if stop:  # no step that is done is lost
+                    reporter.flush()
+                    with clock.phase("checkpoint"):
+                        where = checkpoints.stop(state, cursor, stop)
                     reporter.close()
-                    if stop == _SIGTERM:
-                        raise Preempted(f"saved step {step - 1} in {workdir}")
+                    if stop in PREEMPTIONS:
+                        raise Preempted(f"{stop}, {where}")
                     raise UserError(stop)
                 profiler.before(step, state)
                 arrays = sharding.to_device(batch, place)
@@ -127,12 +125,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _next(
-    batches: Iterator[tuple[HostBatch, Cursor]], terminated: list[bool]
-) -> tuple[HostBatch, Cursor, str]:
+def _next(batches: Iterator[tuple[HostBatch, Cursor]], stop: str) -> tuple[HostBatch, Cursor, str]:
     """(batch, cursor after it, ''), or ({}, {}, why this host cannot go on)."""
-    if terminated:
-        return {}, {}, _SIGTERM
+    if stop:
+        return {}, {}, stop
     try:
         return *next(batches), ""
     except UserError as error:
@@ -145,18 +141,3 @@ def _write_down(run: Run, cursor: Cursor, quiet: bool) -> None:
     run.tokenizer.save(run.workdir / "tokenizer")
     if not quiet:
         print(*run.pipeline.summary(cursor), sep="\n", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[list[bool]]:
-    """A list that becomes non-empty when SIGTERM arrives (only the main thread can listen)."""
-    received: list[bool] = []
-    try:
-        old = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    except ValueError:
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, old)

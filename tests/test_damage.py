@@ -7,9 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 import hovle_jax
-from hovle_jax import checkpoint, model
+from hovle_jax import checkpoint, digests, model
 from hovle_jax.errors import UserError
 from hovle_jax.hf import importer, shards
 from hovle_jax.hf.export import export
@@ -38,13 +39,18 @@ def largest(directory: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no manifest", "half a manifest"])
 def test_damaged_arrays(damage, copy, tmp_path, one_line_error):
-    """By every reader: whole, in pieces and onto a mesh."""
+    """By every reader: whole, in pieces and onto a mesh; also where the digests do not tell."""
     file = copy / "params/manifest.ocdbt" if "manifest" in damage else largest(copy / "params")
     if damage in ("missing", "no manifest"):
         file.unlink()
     else:
         with file.open("r+b") as f:
             f.truncate(file.stat().st_size // 2)
+    message = one_line_error(["export", str(copy), str(tmp_path / "out")])
+    assert str(file) in message and f"copy {copy / 'params'} again" in message
+    with pytest.raises(UserError, match=file.name):
+        hovle_jax.load(copy)
+    digests.write(epath.Path(copy / "params"))
     message = one_line_error(["export", str(copy), str(tmp_path / "out")])
     assert str(copy / "params") in message and "copy it again" in message
     with pytest.raises(UserError) as error:
@@ -59,6 +65,22 @@ def test_damaged_arrays(damage, copy, tmp_path, one_line_error):
         wanted = jax.ShapeDtypeStruct(shape["kernel"].shape, np.float32, sharding=where)
         with pytest.raises(UserError, match=f"cannot read {name}"):
             stored.read({name: wanted})
+
+
+def test_a_flipped_bit(copy, tmp_path, one_line_error):
+    """Of uncompressed weights: every reader would take it for a number."""
+    file = largest(copy / "params")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    message = one_line_error(["export", str(copy), str(tmp_path / "out")])
+    assert f"{file}: holds other bytes than were written" in message
+    with pytest.raises(UserError, match="holds other bytes"):
+        hovle_jax.load(copy)
+    assert not (tmp_path / "out").exists()
+    (copy / "params/digests.json").unlink()
+    with pytest.raises(UserError, match="digests.json: missing"):
+        hovle_jax.load(copy)
 
 
 def edit_config(directory: pathlib.Path, **decoder: object) -> None:

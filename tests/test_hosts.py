@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,22 +18,46 @@ from hovle_jax.hosts import DataBarrier
 from hovle_jax.metrics import read_metrics
 
 SCRIPT = """
-import sys, time, jax
+import os, signal, socket, sys, time
 process, port = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import DataBarrier
+from hovle_jax.hosts import NOTICE, DataBarrier, connect
+connect(f"127.0.0.1:{port}", 2, process)
+
+def reason(block, *args):
+    try:
+        block(*args)
+    except UserError as error:
+        return str(error)
+
+def start(problem):
+    with DataBarrier(30).together():
+        if problem:
+            raise OSError(problem)
+
+one = f"host 1 ({socket.gethostname()}): "
+assert DataBarrier(30).gather("abc"[process]) == ["a", "b"]
+assert reason(start, "") is None
+assert reason(start, "no disk" * process) == one + "no disk"
+assert reason(DataBarrier(30).agree, {"a": 1, "b": [2]}) is None
+said = reason(DataBarrier(30).agree, {"a": 1, "b": process, f"c{process}": 0})
+assert said == one + "b is 1 here, but 0 on host 0 (and 2 more); give all hosts the same", said
 for step in range(1, 21):
     stop = "disk" if process == 1 and step == 7 else "SIGTERM" if step == 20 else ""
     # Also where a host is a step ahead when the other one reads what was said.
     said = DataBarrier(30).wait(step, stop)
     assert said == {7: "disk", 20: "SIGTERM"}.get(step, ""), (step, said)
+said = ""
+if process == 1:
+    os.kill(os.getpid(), signal.SIGTERM)  # jax listens, and calls it a notice
+while not said:
+    step += 1
+    said = DataBarrier(30).wait(step)
+    time.sleep(0.01)
+assert said == NOTICE, said
 if process == 1:
     sys.stdin.readline()  # its data never comes
-try:
-    DataBarrier(0.5).wait(21)
-except UserError as error:
-    print(error)
+print(reason(DataBarrier(0.5).wait, step + 1))
 """
 
 
@@ -42,7 +67,8 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def test_a_late_host_is_named():
+def test_hosts_agree_and_a_late_one_is_named():
+    """What they know, whether they start, where they stop, and who does not come."""
     port = free_port()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     first, second = (
@@ -58,8 +84,10 @@ def test_a_late_host_is_named():
     try:
         assert first.stdout is not None
         line = first.stdout.readline()
-        expected = f"step 21: no batch after 0.5 s from 1 of 2 hosts: 1 ({socket.gethostname()}, at"
-        assert line.startswith(expected) and "step 20)" in line, line
+        name = re.escape(socket.gethostname())
+        late = rf"step (\d+): no batch after 0.5 s from 1 of 2 hosts: 1 \({name}, at step (\d+)\)"
+        found = re.match(late, line)
+        assert found and int(found[1]) == int(found[2]) + 1, line
         second.communicate("\n", timeout=60)
         first.communicate(timeout=60)
     finally:
