@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hovle_jax import checkpoint_tools, digests, hosts, preemption
+from hovle_jax import checkpoint_tools, digests, preemption
 from hovle_jax.checkpoint import load, open_stored
 from hovle_jax.cli import main
 from hovle_jax.errors import UserError

@@ -159,7 +159,7 @@ from pathlib import Path
 process, port, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from hovle_jax import sharding
-from hovle_jax.agreement import agree, exchange
+from hovle_jax.agreement import exchange
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.guards import ParameterGuard
@@ -174,8 +174,6 @@ def say(call):
 for n in range(20):  # also where one host is ahead of the other
     said = list(exchange(f"round {n}", str(process * n), 60).values())
     assert said == ["0", str(n)], (n, said)
-agree("the program", "same", "hint", 60)
-say(lambda: agree("the program", f"of {process}", "install the same", 60))
 mesh = sharding.make_mesh(MeshConfig(2, 1, 1))
 where = sharding.replicated(mesh)
 def replicated(value):
@@ -213,19 +211,15 @@ def test_hosts_that_differ_or_do_not_come_are_named(tmp_path):
     ]
     try:
         assert hosts[0].stdout is not None
-        lines = [hosts[0].stdout.readline() for _ in range(3)]
+        lines = [hosts[0].stdout.readline() for _ in range(2)]
         others, _ = hosts[1].communicate("\n", timeout=120)
         _, err = hosts[0].communicate(timeout=120)
     finally:
         for host in hosts:
             host.kill()
-    assert lines[0].startswith("the program differs on host 1 (") and "install the" in lines[0]
-    assert lines[1].startswith("after step 7: x on host 1 (")
-    assert others.splitlines()[:2] == [line.strip() for line in lines[:2]], "on every host"
-    assert lines[2].startswith("evaluation after step 9: waited 0.5 s in vain for host 1 (")
-    assert (
-        "host 1 (" in err
-        and "8 steps done, now in 'data'; host 0 (" in err
-        or ("9 steps done, now in 'step'; host 1 (" in err)
-    )
+    assert lines[0].startswith("after step 7: x on host 1 (")
+    assert others.splitlines()[0] == lines[0].strip(), "on every host"
+    assert lines[1].startswith("evaluation after step 9: waited 0.5 s in vain for host 1 (")
+    # In either order: as many hosts say the one as the other.
+    assert "8 steps done, now in 'data'" in err and "9 steps done, now in 'step'" in err
     assert (tmp_path / "stacks-0.txt").is_file() and (tmp_path / "stacks-1.txt").is_file()
