@@ -27,7 +27,7 @@ LAYERS = 2  # in each stack
 TEACHER = TEACHERS["hovle_2b"]
 TOKENS = 1536  # differs from every width of the model, so an activation is known by it
 LARGE = 2**20  # bytes: token ids are smaller, an activation or a weight is not
-TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4")
+TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "v6e:4x4")
 
 
 def run_config(devices: int) -> RunConfig:
@@ -98,6 +98,20 @@ def test_gradients_are_reduced_behind_computation(plan):
     large = [c for c in reductions if c.bytes > LARGE]
     assert large
     complain("the step waits for a reduction", located([c for c in large if not c.hidden]))
+
+
+def test_v6e_waits_for_neither_weights_nor_gradients():
+    """What its SparseCores carry is begun and awaited; a collective in one piece stops the chip."""
+    program = plan_of("v6e:4x4").program
+    begun, blocking = 0, []
+    for visit in hlo.walk(program):
+        x = visit.instruction
+        if x.op in ("all-gather", "all-reduce", "reduce-scatter") and max(x.sizes) > LARGE:
+            begun += visit.fused
+            if not visit.fused:
+                blocking.append((x.name, x.op_name, program.source(x)))
+    complain("the chip waits for a collective", blocking)
+    assert begun >= 7 * 3
 
 
 def test_layers_multiply_in_bfloat16(plan):
