@@ -54,7 +54,7 @@ def train(
     clock, began = Clock(), time.time()
     run = open_run(config, workdir, devices, quiet=quiet)
     checkpoints, watched = run.checkpoints, config.guards
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), preemption.listening() as terminated:
         state, frozen, cursor = run.start()
         done = int(state.step)
         if done >= config.steps:  # nothing to do, so nothing to compile
@@ -80,7 +80,6 @@ def train(
             reporter.saved()
 
         with (
-            preemption.listening() as terminated,
             Profile(profile, run.workdir) as profiler,
             Watchdog(watched.step_timeout, run.workdir, reporter.doing) as watchdog,
         ):
@@ -95,6 +94,7 @@ def train(
                 if stop:  # no step that is done is lost
                     reporter.flush()
                     with clock.phase("checkpoint"):
+                        parameters.check(step - 1, state.params)
                         where = checkpoints.stop(state, cursor, stop)
                     reporter.close()
                     if stop in PREEMPTIONS:
