@@ -31,7 +31,7 @@ _START = (
     "--worker=all --command='hovle train ...'; elsewhere --coordinator=HOST:PORT --processes=N "
     "--process=I)"
 )
-_PATIENCE = 600.0  # seconds between hosts while they start, measure data and read parameters
+PATIENCE = 600.0  # seconds between hosts while they start, measure data and read parameters
 _runs = itertools.count()  # a process may train more than once
 
 
@@ -176,7 +176,7 @@ class DataBarrier:
         """What every host gives, in their order; all hosts have to call it, equally often."""
         if self._client is None:
             return [value]
-        patience = max(self._timeout, _PATIENCE)
+        patience = max(self._timeout, PATIENCE)
         root = f"hovle/talk/{self._run}/{next(self._talks)}/"
         self._client.key_value_set(f"{root}{jax.process_index():06}", value)
 

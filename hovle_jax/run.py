@@ -20,7 +20,7 @@ from hovle_jax.data.pipeline import START, Cursor, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.guards import ParameterGuard
-from hovle_jax.hosts import DataBarrier, make_mesh
+from hovle_jax.hosts import PATIENCE, DataBarrier, make_mesh
 from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
 from hovle_jax.optim import make_optimizer
 from hovle_jax.run_checkpoints import Checkpoints
@@ -56,9 +56,10 @@ class Run:
     def program(self) -> Callable[..., Any]:
         """The training step, compiled; UserError names hosts that would run another one."""
         lowered = aot.lower(self.config, self.mesh)
-        if jax.process_count() > 1:
+        compiled = lowered.compile()
+        if jax.process_count() > 1:  # afterwards, so that nobody waits for a compiler at step 1
             self.barrier.agree({"the program of the training step": aot.fingerprint(lowered)})
-        return lowered.compile()
+        return compiled
 
     @property
     def share(self) -> dict[str, int]:
@@ -67,7 +68,7 @@ class Run:
         return {"host": host, "hosts": hosts}
 
     def parameter_guard(self, frozen: Params, *, resumed: bool) -> ParameterGuard:
-        timeout = self.config.data.timeout
+        timeout = max(self.config.data.timeout, PATIENCE)  # one may restore or save that long
         return ParameterGuard(
             self.mesh, frozen, self.teacher, self.workdir, timeout, resumed=resumed
         )
