@@ -51,16 +51,23 @@ def write(directory: epath.Path, known: Table | None = None) -> None:
     found = sorted(files(directory))
     table = {k: v for k, v in known.items() if k in found}
     table |= digest(directory, (name for name in found if name not in known))
-    (directory / NAME).write_text(json.dumps(table, indent=0, sort_keys=True))
+    (directory / NAME).write_bytes(_text(table))
+
+
+def _text(table: Table) -> bytes:
+    """The list as a file, which vouches for itself, too."""
+    crc = zlib.crc32(json.dumps(table, sort_keys=True).encode())
+    return json.dumps({"files": table, "crc": crc}, indent=0, sort_keys=True).encode()
 
 
 def read(directory: epath.Path) -> Table:
     """The list of `directory`; UserError where it has none that can be read."""
     path = directory / NAME
     try:
-        table = json.loads(path.read_bytes())
-        if not all(len(v) == 2 for v in table.values()):
-            raise ValueError("not a list of files")
+        text = path.read_bytes()
+        table: Table = json.loads(text)["files"]
+        if _text(table) != text:
+            raise ValueError("holds other bytes than were written")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the directory was not written to its end") from None
     except Exception as error:  # every store has its own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -43,7 +42,7 @@ def workdir(finished, tmp_path):
 
 def files(directory: Path) -> list[Path]:
     """All that is listed, by size."""
-    names = json.loads((directory / digests.NAME).read_text())
+    names = digests.read(directory)
     return sorted((directory / n for n in names), key=lambda p: (p.stat().st_size, str(p)))
 
 

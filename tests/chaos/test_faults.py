@@ -143,7 +143,7 @@ def _nan_batch(world: World, tmp_path: Path) -> str:
     def poisoned(*args, **kwargs):
         for number, (batch, cursor) in enumerate(batches(*args, **kwargs), start=1):
             if number == 3:
-                batch["weights"] = np.full_like(batch["weights"], np.nan)
+                batch["loss_weight"] = np.full_like(batch["loss_weight"], np.nan)
             yield batch, cursor
 
     config = _config(world, steps=5)
