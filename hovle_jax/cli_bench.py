@@ -102,6 +102,9 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     )
     generate.add_argument("--python", default="", help="interpreter that runs --reference")
     generate.add_argument(
+        "--export-python", default="", help="interpreter that runs our export; default: --python"
+    )
+    generate.add_argument(
         "--attention", choices=("eager", "flash"), default="eager", help="of --reference, as train"
     )
 
@@ -174,9 +177,17 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     ):
         if value < least:
             raise UserError(f"--{name} must be {least} or more, not {value}")
-    reference = functools.partial(
-        GenerateReference, args.reference, python=args.python, attention=args.attention
-    )
+
+    def reference(*model: Any, work: str) -> GenerateReference:
+        python = args.export_python if work == "transformers" else ""
+        return GenerateReference(
+            args.reference,
+            *model,
+            work=work,
+            python=python or args.python,
+            attention=args.attention,
+        )
+
     report = generate.run_generate(
         args.model_dir, *shape, args.dtype, reference if args.reference else None
     )

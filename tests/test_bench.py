@@ -333,8 +333,8 @@ assert batch["input_ids"].shape == (30,) and batch["pixel_values"].shape == (1, 
 print(json.dumps({"description": "a stand-in"}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
-    tokens, slow = TOKENS[: asked["steps"]], asked["work"] == "public"
-    assert len(tokens) == (4 if slow else 6)
+    tokens, slow = TOKENS[: asked["steps"]], json.loads(settings)["work"] == "public"
+    assert len(tokens) == (3 if slow else 6)
     last = 1 + (len(tokens) - 1) * (10 if slow else 2)
     answer = {"tokens": tokens, "seconds": [1, last], "cpu_seconds": [2, 2 * last]}
     print(json.dumps(answer), flush=True)

@@ -6,6 +6,7 @@ and transformers with a cache on our exported directory. Other tokens than ours 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -32,7 +33,7 @@ DEFAULT = workload().model  # 61.6M parameters: large enough for memory to set t
 PARTS = ("prefill", "token")
 REFERENCE = ("transformers", "public")
 # Of the published code each token is a forward pass over all before: a few say what all take.
-PUBLIC_TOKENS = 4
+PUBLIC_TOKENS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def run_generate(
 ) -> dict[str, Any]:
     """Medians over `repeats` runs after one that compiles; random weights without a directory.
 
-    reference: (config, parameters, prompt, tiles) -> the PyTorch side.
+    reference: (config, parameters, prompt, tiles, work) -> a PyTorch side.
 
     Raises:
       UserError: settings that do not work here; other tokens than the reference's.
@@ -83,13 +84,19 @@ def run_generate(
     start = time.perf_counter()
     tokens = _once(engine, requests)[1]
     first = time.perf_counter() - start
-    other = reference(config, params, requests[0].prompt, requests[0].tiles) if reference else None
-    turns: dict[str, list[Turn]] = {name: [] for name in ("ours", *(REFERENCE if other else ()))}
-    try:
-        for _ in range(repeats + bool(other)):  # PyTorch has a first time too
+    turns: dict[str, list[Turn]] = {"ours": []}
+    others: dict[str, GenerateReference] = {}
+    with contextlib.ExitStack() as stack:
+        for name in REFERENCE if reference else ():
+            assert reference is not None
+            others[name] = reference(
+                config, params, requests[0].prompt, requests[0].tiles, work=name
+            )
+            stack.callback(others[name].close)
+            turns[name] = []
+        for _ in range(repeats + bool(others)):  # PyTorch has a first time too
             turns["ours"].append(_once(engine, requests)[0])
-            for name in REFERENCE if other else ():
-                assert other is not None
+            for name, other in others.items():
                 count = min(PUBLIC_TOKENS, new) if name == "public" else new
                 turn, found = _turn(other.run(name, count))
                 if found != tokens[:count]:
@@ -98,10 +105,7 @@ def run_generate(
                         "same work, so not timed"
                     )
                 turns[name].append(turn)
-    finally:
-        if other is not None:
-            other.close()
-    turns = {name: found[bool(other) :] for name, found in turns.items()}
+    turns = {name: found[bool(others) :] for name, found in turns.items()}
     prefill, token = (
         statistics.median(x[0] for x in _column(turns["ours"], part)) for part in PARTS
     )
@@ -114,12 +118,9 @@ def run_generate(
         "decode_tokens_per_second": batch / token,
         "compile_seconds": first - prefill - token * (new - 1),
         "reference": {
-            "description": other.description,
-            "public_tokens": PUBLIC_TOKENS,
-            **{name: _beside(turns["ours"], turns[name], new) for name in REFERENCE},
-        }
-        if other
-        else None,
+            name: _beside(turns["ours"], turns[name], new) | {"description": other.description}
+            for name, other in others.items()
+        },
         "workload": {
             "model": Path(directory).name if directory else config.name,
             "parameters": sum(x.size for x in leaves),
@@ -212,17 +213,19 @@ def _beside(ours: list[Turn], theirs: list[Turn], new: int) -> dict[str, Any]:
 def generate_text(report: dict[str, Any]) -> str:
     w = report["workload"]
     lines = []
-    for name in REFERENCE if report["reference"] else ():
-        for part, found in report["reference"][name].items():
+    for name, parts in report["reference"].items():
+        lines.append(f"{name}: {parts['description']}")
+        for part in (*PARTS, "answer"):
+            found = parts[part]
             ratios = found["ratios"]
             lines.append(
-                f"{name + ', ' + part:22} {found['seconds'] * 1e3:9.1f} ms  ratio "
+                f"  {part:8} {found['seconds'] * 1e3:9.1f} ms  ratio "
                 f"{found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), of CPU seconds "
                 f"{found['cpu_ratio']:.2f}"
             )
     if report["reference"]:
         low, high = report["load_average"]
-        lines.append(f"PyTorch: {report['reference']['description']}; load {low:.1f} to {high:.1f}")
+        lines.append(f"load {low:.1f} to {high:.1f}")
     return "\n".join(
         [
             f"{w['model']}: {w['parameters']:,} parameters, {w['dtype']}, batch {w['batch']}, "

@@ -2,9 +2,10 @@
 
     python generate_torch_worker.py CODE_DIR HF_DIR BATCH.npz SETTINGS
 
-As torch_worker.py. BATCH holds `input_ids` int64 [n] and `pixel_values` float32 [t, 3, H, W]. Every
-line of standard input, {"work": "public" | "transformers", "steps": tokens}, is answered by one
-line of JSON: the tokens, and wall and CPU seconds until the first and until the last of them.
+As torch_worker.py. SETTINGS name the "work": "public" runs CODE_DIR, "transformers" the code in
+HF_DIR, each with the transformers it wants. BATCH holds `input_ids` int64 [n] and `pixel_values`
+float32 [t, 3, H, W]. Every line of standard input, {"steps": tokens}, is answered by one line of
+JSON: the tokens, and wall and CPU seconds until the first and until the last of them.
 """
 
 import importlib.util
@@ -26,22 +27,21 @@ def main(code: str, directory: str, batch: str, text: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     ids = torch.from_numpy(given["input_ids"])[None]
     pixels = torch.from_numpy(given["pixel_values"]) if len(given["pixel_values"]) else None
-    works = {
-        "public": public(code, directory, settings["attention"], ids, pixels),
-        "transformers": exported(directory, ids, pixels),
-    }
+    if settings["work"] == "public":
+        run = public(code, directory, settings["attention"], ids, pixels)
+        attention = f"{settings['attention']} attention, "
+    else:
+        run, attention = exported(directory, ids, pixels), ""
     import transformers
 
-    words = f"torch {torch.__version__}, transformers {transformers.__version__}, "
-    words += (
-        f"{settings['attention']} attention in the public code, {torch.get_num_threads()} threads"
-    )
+    words = f"torch {torch.__version__}, transformers {transformers.__version__}, {attention}"
+    words += f"{torch.get_num_threads()} threads"
     print(json.dumps({"description": words}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         clock = Clock()
         with torch.no_grad():
-            tokens = works[asked["work"]](asked["steps"], clock)
+            tokens = run(asked["steps"], clock)
         first, last = clock.ticks[0], clock.ticks[-1]
         answer = {
             "tokens": tokens,

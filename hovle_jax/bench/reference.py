@@ -129,8 +129,8 @@ GENERATE_WORKER = Path(__file__).with_name("generate_torch_worker.py")
 
 
 class GenerateReference(Reference):
-    """PyTorch answering one prompt greedily: the public code, and transformers with a cache on our
-    exported directory (`run` of "public" or "transformers")."""
+    """PyTorch answering one prompt greedily: by the public code, or by transformers with a cache on
+    our exported directory."""
 
     def __init__(
         self,
@@ -140,10 +140,12 @@ class GenerateReference(Reference):
         prompt: np.ndarray,
         tiles: np.ndarray,
         *,
+        work: str,
         python: str = "",
         attention: str = "eager",
     ) -> None:
-        """As `Reference`. prompt: int32 [n]. tiles: uint8 [t, H, W, 3].
+        """As `Reference`. prompt: int32 [n]. tiles: uint8 [t, H, W, 3]. work: "public" or
+        "transformers"; `run` of it.
 
         Raises:
           UserError: work the public code cannot do; no such directory; it does not run.
@@ -151,7 +153,7 @@ class GenerateReference(Reference):
         if config.shuffle_loc == "post" or config.dtype != "float32":
             raise UserError("--reference: generates in float32 with 'pre' models only")
         arrays = {"input_ids": prompt.astype(np.int64), "pixel_values": _channels_first(tiles)}
-        settings = {"attention": attention}
+        settings = {"work": work, "attention": attention}
         self._start(GENERATE_WORKER, code, config, params, arrays, settings, python)
 
     def run(self, work: str, steps: int) -> dict[str, Any]:
