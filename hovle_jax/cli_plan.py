@@ -187,16 +187,15 @@ def tabulate(directory: Path) -> str:
 
 
 def _collectives(cost: Any) -> list[dict[str, Any]]:
-    """One row per kind, group and whether computation hides it."""
-    rows: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    """One row per kind and group."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for c in cost.collectives:
-        empty = {"kind": c.kind, "group": c.group, "hidden": c.hidden}
-        row = rows.setdefault(
-            (c.kind, c.group, c.hidden), empty | {"count": 0, "bytes": 0.0, "seconds": 0.0}
-        )
+        empty = {"count": 0, "bytes": 0.0, "seconds": 0.0, "exposed_seconds": 0.0}
+        row = rows.setdefault((c.kind, c.group), {"kind": c.kind, "group": c.group} | empty)
         row["count"] += c.times
         row["bytes"] += c.bytes * c.times
         row["seconds"] += c.seconds
+        row["exposed_seconds"] += c.exposed
     return sorted(rows.values(), key=lambda row: -row["seconds"])
 
 
@@ -229,7 +228,7 @@ def table(body: dict[str, Any]) -> str:
     for c in body["collectives"]:
         lines.append(
             f"    {c['kind']:<18} of {c['group']:<4} {c['count']:>5} x {c['bytes'] / 1e9:8.3f} GB "
-            f"{c['seconds']:.4f} s  {'hidden' if c['hidden'] else 'EXPOSED'}"
+            f"{c['seconds']:.4f} s, {c['exposed_seconds']:.4f} exposed"
         )
     lines += [
         f"  MFU, estimated      {body['mfu']:.3f}, "

@@ -27,7 +27,7 @@ class Collective:
     bytes: float  # of the whole array, each time
     times: int
     seconds: float  # of all times, on an otherwise idle network
-    hidden: bool  # overlapped with computation by the compiler
+    exposed: float  # of these, seconds that the compiler put no computation beside
     name: str
     op_name: str
     source: str
@@ -65,21 +65,24 @@ class Cost:
     @property
     def exposed_seconds(self) -> float:
         """Communication that nothing hides; not part of `step_seconds`."""
-        return sum(c.seconds for c in self.collectives if not c.hidden)
+        return sum(c.exposed for c in self.collectives)
 
     @property
     def hidden_seconds(self) -> float:
-        return sum(c.seconds for c in self.collectives if c.hidden)
+        return sum(c.seconds - c.exposed for c in self.collectives)
 
 
 def price(program: Program, chip: Chip, devices: int) -> Cost:
     """Adds up what the compiler estimated and what it left out."""
+    visits = list(walk(program))
+    kernels = _price_kernels(program, visits)
+    of_kernel = {k.name: k.flops / (KERNEL_EFFICIENCY * chip.peak_flops) for k in kernels}
     cycles = {True: 0.0, False: 0.0}
     flops = 0.0
     slowest: dict[str, float] = {}
-    kernels: list[tuple[Visit, str]] = []
+    schedule = _Schedule(program)
     collectives: dict[tuple[str, str], Collective] = {}
-    for visit in walk(program):
+    for visit in visits:
         x = visit.instruction
         if (estimate := _cycles(visit)) > 0:
             matrix = _holds_product(program, x)
@@ -89,26 +92,75 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
             slowest[label] = slowest.get(label, 0.0) + estimate
         if x.op in ("convolution", "dot"):
             flops += product_flops(program, visit) * visit.times
-        if x.op == "custom-call" and "tpu_custom_call" in x.attributes:
-            kernels.append((visit, _kernel_kind(x)))
-        if collective := _collective(program, visit, chip, devices):
+        schedule.pass_by(visit, estimate / chip.clock_hz + of_kernel.get(x.name, 0.0))
+    for visit in visits:
+        if collective := _collective(program, visit, schedule, chip, devices):
+            x = visit.instruction
             # An asynchronous one appears at its start, in the bodies that carry it, at its end.
             key = collective.kind, x.attribute(r"channel_id=(\d+)") or visit.computation + x.name
             before = collectives.get(key)
-            if before is None or collective.times > before.times:
+            order = (collective.times, -collective.exposed)
+            if before is None or order > (before.times, -before.exposed):
                 collectives[key] = collective
-    reductions = (*collectives.values(), *_between_slices(program, chip))
-    priced = _price_kernels(program, kernels)
-    order = sorted(slowest.items(), key=lambda item: -item[1])
     return Cost(
         matrix_seconds=cycles[True] / chip.clock_hz,
         vector_seconds=cycles[False] / chip.clock_hz,
         matrix_flops=flops,
-        kernels=priced,
-        collectives=tuple(sorted(reductions, key=lambda c: -c.seconds)),
-        kernel_seconds=sum(k.flops for k in priced) / (KERNEL_EFFICIENCY * chip.peak_flops),
-        slowest=tuple((c / chip.clock_hz, name) for name, c in order),
+        kernels=kernels,
+        collectives=tuple(sorted(collectives.values(), key=lambda c: -c.seconds)),
+        kernel_seconds=sum(of_kernel.values()),
+        slowest=tuple(
+            (c / chip.clock_hz, name) for name, c in sorted(slowest.items(), key=lambda i: -i[1])
+        ),
     )
+
+
+class _Schedule:
+    """How long the program computes between the start of something asynchronous and its end.
+
+    A name says nothing: what was to overlap and could not, keeps its asynchronous name.
+    """
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._clock = 0.0
+        self._begun: dict[tuple[str, str], tuple[float, Visit]] = {}
+        self._beside: dict[tuple[str, str], float] = {}
+
+    def pass_by(self, visit: Visit, seconds: float) -> None:
+        """Instructions in the order of the schedule, and the time each takes (of all times)."""
+        x, here = visit.instruction, visit.computation
+        if x.op.endswith("-start") or x.op in ("send", "recv"):
+            name = _rendezvous(x) or x.name
+            if x.op != "recv":
+                self._begun[here, name] = self._clock, visit
+        elif x.op.endswith("-done") and x.operands:
+            start = self._program.computations[here].get(x.operands[0])
+            begun = self._begun.get((here, start and _rendezvous(start) or x.operands[0]))
+            if begun is not None and x.op != "send-done":
+                beside = (self._clock - begun[0]) / visit.times
+                asynchronous = begun[1].instruction
+                self._beside[here, asynchronous.name] = beside
+                if called := _called(asynchronous):
+                    self._beside[called, ""] = beside
+        self._clock += seconds
+
+    def beside(self, visit: Visit) -> float:
+        """Seconds of computation each time while a collective is under way; 0: it blocks."""
+        x = visit.instruction
+        if x.op.endswith("-start") or x.op == "send":
+            return self._beside.get((visit.computation, x.name), 0.0)
+        # Inside a fusion it shares that with the computation it hides behind.
+        return self._beside.get((visit.computation, ""), math.inf if visit.fused else 0.0)
+
+
+def _rendezvous(x: Instruction) -> str:
+    """By which a transfer to the host and the one back find each other."""
+    return x.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"')
+
+
+def _called(x: Instruction) -> str:
+    return x.attribute(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 
 
 def _cycles(visit: Visit) -> float:
@@ -156,77 +208,43 @@ def _window(window: dict[str, str], key: str, axis: int, default: int) -> int:
     return int(window[key].split("x")[axis].split("_")[0]) if key in window else default
 
 
-def _collective(program: Program, visit: Visit, chip: Chip, devices: int) -> Collective | None:
+def _collective(
+    program: Program, visit: Visit, schedule: _Schedule, chip: Chip, devices: int
+) -> Collective | None:
     x = visit.instruction
     kind = x.op.removesuffix("-start")
-    if kind not in COLLECTIVES:
+    network = x.op == "send" and "megascale" in x.attributes
+    if kind not in COLLECTIVES and not network:
         return None
     operands = program.computations[visit.computation]
     group = 2 if kind == "collective-permute" else group_size(x.attributes, devices)
-    if kind == "reduce-scatter":
+    if network:
+        # How the compiler spells a reduction between slices: to the host and back. What is left
+        # of an array after the slice's own reduce-scatter.
+        kind, group = "network reduction", _count(x.attribute(r'_megascale_target="\{([^}]*)\}'))
+        whole = x.sizes[0]
+    elif kind == "reduce-scatter":
         whole = sum(sum(operands[o].sizes) for o in x.operands if o in operands)
     elif x.op.endswith("-start") or kind == "collective-permute":
         whole = max(x.sizes)  # the shape also holds the operand and flags
     else:
         whole = sum(x.sizes)
-    scattered = kind == "all-reduce" and "all-reduce-scatter" in visit.computation
-    if scattered:  # how the compiler spells it: a fusion around an all-reduce
-        kind = "reduce-scatter"
-    # A collective inside any other fusion shares it with the computation it hides behind.
-    overlapped = visit.fused and not scattered
+    beside = schedule.beside(visit)
+    if kind == "all-reduce" and "all-reduce-scatter" in visit.computation:
+        kind, beside = "reduce-scatter", 0.0  # a fusion around an all-reduce and nothing else
+    seconds = collective_seconds(kind, whole, group, chip, devices)
     return Collective(
         kind=kind,
         group=group,
         bytes=whole,
         times=visit.times,
-        seconds=visit.times * collective_seconds(kind, whole, group, chip, devices),
-        hidden=overlapped or x.op.endswith("-start") or "async_collective_name" in x.attributes,
+        seconds=visit.times * seconds,
+        exposed=visit.times * max(0.0, seconds - beside),
         name=x.name,
-        op_name=x.op_name,
+        op_name=x.op_name or _rendezvous(x),
         source=program.source(x),
         shape=x.shape[:80],
     )
-
-
-def _between_slices(program: Program, chip: Chip) -> list[Collective]:
-    """Reductions over the network, which the compiler writes as transfers to the hosts and back.
-
-    Each device sends what is left of an array after its own slice's reduce-scatter. Hidden if the
-    compiler scheduled enough between sending and receiving.
-    """
-    found = []
-    clock = 0.0
-    sent: dict[str, tuple[Visit, float]] = {}
-    name_of = r'_xla_host_transfer_rendezvous="([^"]*)"'
-    for visit in walk(program):
-        x, operands = visit.instruction, program.computations[visit.computation]
-        clock += _cycles(visit) / chip.clock_hz
-        if x.op == "send" and "megascale" in x.attributes:
-            sent[x.attribute(name_of)] = visit, clock
-        elif x.op == "recv-done" and x.operands[0] in operands:
-            rendezvous = operands[x.operands[0]].attribute(name_of)
-            if rendezvous not in sent:
-                continue
-            send, begin = sent.pop(rendezvous)
-            y = send.instruction
-            slices = _count(y.attribute(r'_xla_megascale_target="\{([^}]*)\}'))
-            size = y.sizes[0]
-            seconds = 2 * (slices - 1) / slices * size / chip.network_bandwidth
-            found.append(
-                Collective(
-                    kind="network reduction",
-                    group=slices,
-                    bytes=size,
-                    times=send.times,
-                    seconds=seconds * send.times,
-                    hidden=(clock - begin) / send.times >= seconds,
-                    name=y.name,
-                    op_name=y.op_name or rendezvous,
-                    source=program.source(y),
-                    shape=y.shape[:80],
-                )
-            )
-    return found
 
 
 def _count(ranges: str) -> int:
@@ -252,6 +270,8 @@ def group_size(attributes: str, devices: int) -> int:
 
 def collective_seconds(kind: str, size: float, group: int, chip: Chip, devices: int) -> float:
     """Of one collective over an idle torus: a ring in both directions over every axis it spans."""
+    if kind == "network reduction":
+        return 2 * (group - 1) / group * size / chip.network_bandwidth
     axes = chip.torus_axes if group == devices and devices > 4 else 1
     # Two-dimensional slices close into a ring only along an axis of 16.
     flat = group >= 16 * axes and devices >= 256
@@ -272,8 +292,13 @@ def _kernel_kind(x: Instruction) -> str:
     return "dq" if "dq" in x.name else "fwd"
 
 
-def _price_kernels(program: Program, found: list[tuple[Visit, str]]) -> tuple[Kernel, ...]:
+def _price_kernels(program: Program, visits: list[Visit]) -> tuple[Kernel, ...]:
     """Attention as executed, each kernel by its matrix products."""
+    found = [
+        (visit, _kernel_kind(x))
+        for visit in visits
+        if (x := visit.instruction).op == "custom-call" and "tpu_custom_call" in x.attributes
+    ]
     fused = not any(kind == "dq" for _, kind in found)
     kernels = []
     for visit, kind in found:

@@ -73,7 +73,7 @@ def test_collectives(cost):
         "all-reduce": 3,
         "reduce-scatter": 1,
     }
-    assert {k for k, c in found.items() if c.hidden} == {"all-gather"}
+    assert {k for k, c in found.items() if c.exposed == 0} == {"all-gather"}
     assert found["all-reduce"].source == "/src/losses.py:12"
     # 16 chips of a 4 x 4 grid that does not wrap: one direction on each of two axes.
     once = 15 / 16 * WEIGHT / (2 * 4.5e10)
@@ -130,4 +130,30 @@ def test_reductions_between_slices(words, hidden):
     (network,) = (c for c in found if c.kind == "network reduction")
     assert (network.group, network.times, network.bytes) == (2, 3, 2 * words)
     assert network.seconds == pytest.approx(3 * 2 * words / 3.125e9)
-    assert network.hidden == hidden
+    exposed = 3 * max(0.0, 2 * words / 3.125e9 - 1200 / 1.5e9)
+    assert network.exposed == pytest.approx(exposed)
+    assert (exposed == 0) == hidden
+
+
+def test_what_starts_and_is_awaited_at_once_is_not_hidden():
+    """An asynchronous name, or a start, is no overlap: only computation in between is."""
+    groups = "replica_groups=[1,16]<=[16]"
+    start = f"(bf16[128,256]{{1,0}}) all-gather-start(%k), channel_id=11, {groups}"
+    done = "bf16[128,256]{1,0} all-gather-done(%all-gather-start.1)"
+    begin, end = f"  %all-gather-start.1 = {start}\n", f"  %all-gather-done.1 = {done}\n"
+
+    def exposed(text: str) -> float:
+        found = price(hlo.parse(text), V5E, 16).collectives
+        return next(c.exposed for c in found if c.name == "all-gather-start.1")
+
+    once = 15 / 16 * WEIGHT / (2 * 4.5e10)
+    at_once = TEXT.replace("  %fusion.1 =", begin + end + "  %fusion.1 =")
+    assert exposed(at_once) == pytest.approx(3 * once)
+    later = TEXT.replace("  %fusion.1 =", begin + "  %fusion.1 =")
+    later = later.replace("  %all-reduce.1 =", end + "  %all-reduce.1 =")
+    assert exposed(later) == pytest.approx(3 * max(0.0, once - 1200 / 1.5e9), abs=1e-12)
+    named = TEXT.replace(
+        "to_apply=%add, metadata", 'to_apply=%add, async_collective_name="x", metadata'
+    )
+    assert named != TEXT
+    assert price(hlo.parse(named), V5E, 16).exposed_seconds == pytest.approx(7 * once)
