@@ -276,6 +276,8 @@ _GONE = (
 def lost_peer(error: BaseException) -> str:
     """One line when `error` comes of another host's end; '' when it does not."""
     text = str(error)
+    if ": lost " in text:
+        return text  # said already
     if jax.process_count() < 2 or not any(x.lower() in text.lower() for x in _GONE):
         return ""
     tasks = sorted({int(n) for n in re.findall(r"task[:/ ](\d+)", text)} - {jax.process_index()})
@@ -304,4 +306,18 @@ def fail(error: BaseException, *, traceback: bool = False) -> None:
         print_exception(error)
     sys.stderr.flush()
     sys.stdout.flush()
+    with contextlib.suppress(Exception):  # nobody is left to tell
+        _close_the_door()
     os._exit(1)
+
+
+def _close_the_door(seconds: float = 10) -> None:
+    """Host 0 leaves last if it can: with it goes what the others may still be reading."""
+    client: Any = distributed.global_state.client
+    left = "hovle/left/"
+    client.key_value_set(f"{left}{jax.process_index()}", "", allow_overwrite=True)
+    deadline = time.monotonic() + seconds
+    while jax.process_index() == 0 and time.monotonic() < deadline:
+        if len(client.key_value_dir_get(left)) == jax.process_count():
+            return
+        time.sleep(0.1)

@@ -95,7 +95,9 @@ class Launch:
                         env=os.environ
                         | {
                             "JAX_PLATFORMS": "cpu",
-                            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                            # Compiled quickly, not to be quick; the same for all that is compared.
+                            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+                            "--xla_backend_optimization_level=0",
                             "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
                             # Restarts compile nothing again.
                             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
