@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hovle_jax import aot, chips
+from hovle_jax.bench.overhead import summary
 from hovle_jax.checkpoint import latest_step, load
 from hovle_jax.cli import main
 from hovle_jax.data import inspect
@@ -282,3 +283,12 @@ def test_profile_windows():
     for text in ("5", "5:", "0:3", "3:0", "-1:2", "a:b"):
         with pytest.raises(UserError, match="START:COUNT"):
             parse_window(text)
+
+
+def test_overhead_is_what_a_step_and_its_share_of_a_checkpoint_cost():
+    """Turns of ten steps: 1 s each bare, 1 % more watched; a checkpoint costs 2 s more."""
+    turns = {"bare": [10.0, 9.0, 30.0], "watched": [10.1, 10.1], "saving": [12.1, 12.1]}
+    found = summary(turns, steps=10, save_every=500)
+    assert found["checkpoint_seconds"] == pytest.approx(2)
+    assert found["overhead_without_checkpoints"] == pytest.approx(0.01)
+    assert found["overhead"] == pytest.approx(0.01 + 2 / 500)

@@ -101,8 +101,8 @@ def run_overhead(config: RunConfig, rounds: int, steps: int) -> dict[str, Any]:
         "rounds": rounds,
         "save_every": every,
         "tensorboard": config.tensorboard,
-        "wall": _summary(wall, steps, every),
-        "cpu": _summary(cpu, steps, every),
+        "wall": summary(wall, steps, every),
+        "cpu": summary(cpu, steps, every),
     }
 
 
@@ -118,7 +118,7 @@ def _with_data(config: RunConfig, root: Path) -> RunConfig:
     return dataclasses.replace(config, model=made.model, data=data)
 
 
-def _summary(turns: dict[str, list[float]], steps: int, save_every: int) -> dict[str, Any]:
+def summary(turns: dict[str, list[float]], steps: int, save_every: int) -> dict[str, Any]:
     """Medians; a checkpoint's cost is what a turn that ends with one takes longer."""
     bare, watched, saving = (statistics.median(turns[k]) for k in ("bare", "watched", "saving"))
     save = saving - watched
