@@ -47,8 +47,8 @@ ASYNC_ALL_REDUCE = (
     Option(
         "xla_enable_async_all_reduce",
         "true",
-        "gradients are reduced while the next layer's backward pass computes; v5e and v5p need the "
-        "next option for it, v6e a SparseCore",
+        "gradients are reduced while the next layer's backward pass computes; v5e needs the next "
+        "option for it, v5p and v6e a SparseCore",
     ),
     Option(
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
@@ -61,7 +61,7 @@ SPARSE_CORE = (
         "xla_tpu_enable_sparse_core_collective_offload_all_gather",
         "true",
         "else the chip waits for every gather of weights: the compiler fuses them with computation "
-        "on v5e alone; here the SparseCores run them beside it",
+        "on v5e alone; elsewhere the SparseCores run them beside it",
     ),
     Option(
         "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
@@ -98,7 +98,7 @@ CHIPS: dict[str, Chip] = {
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "v4": (NO_WINDOWED_EINSUM,),
     "v5e": (NO_WINDOWED_EINSUM, *ASYNC_ALL_REDUCE, EACH_REDUCTION_ALONE),
-    "v5p": (NO_WINDOWED_EINSUM, *ASYNC_ALL_REDUCE),
+    "v5p": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE[0], *SPARSE_CORE, EACH_REDUCTION_ALONE),
     "v6e": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE[0], *SPARSE_CORE, EACH_REDUCTION_ALONE),
     "tpu7x": (NO_WINDOWED_EINSUM,),
 }
