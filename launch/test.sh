@@ -8,4 +8,5 @@ make_venv test
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/ruff" check .
 "$VENV/bin/mypy" hovle_jax
-"$VENV/bin/python" -m pytest "$@"
+# A process per core; tests of a file share what they set up.
+"$VENV/bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

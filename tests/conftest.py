@@ -46,7 +46,8 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 def pytest_sessionfinish() -> None:
-    if "hovle-tests-" in (cache := os.environ["JAX_COMPILATION_CACHE_DIR"]):
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "hovle-tests-" in cache and "PYTEST_XDIST_WORKER" not in os.environ:  # workers share it
         shutil.rmtree(cache, ignore_errors=True)
 
 
