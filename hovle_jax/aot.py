@@ -181,7 +181,7 @@ def make_plan(config: RunConfig, target: Topology) -> Plan:
             limit=target.chip.hbm_bytes,
         ),
         model_flops=model_flops(config) / len(target.devices),
-        cost=price(program, target.chip, len(target.devices)),
+        cost=price(program, target.chip, len(target.devices) // target.slices),
         compile_seconds=seconds,
         fingerprint=fingerprint(lowered),
         text=text,

@@ -73,7 +73,7 @@ class Cost:
 
 
 def price(program: Program, chip: Chip, devices: int) -> Cost:
-    """Adds up what the compiler estimated and what it left out."""
+    """Adds up what the compiler estimated and what it left out; `devices` of one slice."""
     visits = list(walk(program))
     kernels = _price_kernels(program, visits)
     of_kernel = {k.name: k.flops / (KERNEL_EFFICIENCY * chip.peak_flops) for k in kernels}

@@ -126,7 +126,7 @@ def test_reductions_between_slices(words, hidden):
         f"  %recv-done.1 = (bf16[{words}]{{0}}, token[]) recv-done(%recv.1), channel_id=9\n"
         "  %all-reduce.1 =",
     )
-    found = price(hlo.parse(text), V5E, 32).collectives
+    found = price(hlo.parse(text), V5E, 16).collectives
     (network,) = (c for c in found if c.kind == "network reduction")
     assert (network.group, network.times, network.bytes) == (2, 3, 2 * words)
     assert network.seconds == pytest.approx(3 * 2 * words / 3.125e9)
