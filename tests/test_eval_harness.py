@@ -60,8 +60,8 @@ def expected(release) -> list[str]:
     """Of two questions about the image, and one without it."""
     image = str(release.parent / "image.png")
     asked = [
-        Question((Turn("user", "<image>\nwhat is it"),), (image,)),
-        Question((Turn("user", f"<image>\nis it {SHORT}"),), (image,)),
+        Question((Turn("user", "<image>\na thing"),), (image,)),
+        Question((Turn("user", f"<image>\ncan it fly {SHORT}"),), (image,)),
         Question((Turn("user", "a b"),)),
     ]
     return Assistant.load(release).answer(asked, max_new=NEW)
@@ -71,8 +71,8 @@ def test_answers_come_in_the_order_of_the_questions(release, expected):
     image = str(release.parent / "image.png")
     answerer = Answerer(str(release), slots=2, context=1024)
     questions = [
-        ("<image>\nwhat is it", [image], NEW),
-        (f"<image>\nis it {SHORT}", [image], NEW),
+        ("<image>\na thing", [image], NEW),
+        (f"<image>\ncan it fly {SHORT}", [image], NEW),
         ("a b", [], NEW),
     ]
     answerer.set_tiles(12)  # as the model's own limit
@@ -96,7 +96,7 @@ def test_lmms_eval_finds_a_model(release, expected, module):
 
     model = model_class(str(release), max_tiles="12", slots="2", context="1024", batch_size=1)
     image = Image.open(release.parent / "image.png")
-    model.task_dict = {"t": {"test": [("what is it", image), (f"is it {SHORT}", image)]}}
+    model.task_dict = {"t": {"test": [("a thing", image), (f"can it fly {SHORT}", image)]}}
 
     def messages(doc):
         parts = [{"type": "image", "url": doc[1]}, {"type": "text", "text": doc[0]}]
@@ -135,9 +135,9 @@ def test_vlmevalkit_runs_a_model(release, expected, module, monkeypatch, tmp_pat
     assert tasks == {"MMBench_DEV_CN": "MMBench-CN", "MMBench_DEV_EN": "MMBench-EN"}
 
     monkeypatch.setitem(made.TASKS["mme"].new_tokens, "vlmevalkit", NEW)
-    line = {"index": 1, "image": "...", "question": "is it", "hint": float("nan")}
+    line = {"index": 1, "image": "...", "question": "can it fly", "hint": float("nan")}
     message = model.build_prompt(line, "MME")
-    assert message[0] == {"type": "text", "value": f"is it {SHORT}"} and len(message) == 2
+    assert message[0] == {"type": "text", "value": f"can it fly {SHORT}"} and len(message) == 2
     assert model.generate_inner(message, "MME") == expected[1]
     monkeypatch.setitem(made.TASKS["mmmu"].new_tokens, "vlmevalkit", NEW)
     assert isinstance(model.generate_inner(message, "MMMU_DEV_VAL"), str)  # twice as large
