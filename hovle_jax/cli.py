@@ -80,7 +80,12 @@ def _usage(message: str) -> int:
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(args.config, rest)
     with preemption.listening():  # importing and connecting take seconds, too
-        return _train_on(args, config)
+        status = _train_on(args, config)
+    import jax
+
+    if jax.process_count() > 1:
+        preemption.ignore()
+    return status
 
 
 def _train_on(args: argparse.Namespace, config: Any) -> int:

@@ -34,3 +34,12 @@ def listening() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, old)
         if not _listeners:
             _received.clear()
+
+
+def ignore() -> None:
+    """From now on SIGTERM means nothing: all is saved, and hosts only meet once more to leave.
+
+    One that died there would take the others' exit status with it.
+    """
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
