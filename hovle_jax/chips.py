@@ -43,18 +43,16 @@ NO_WINDOWED_EINSUM = Option(
     "else each product with a gathered weight is cut into pieces 128 deep to overlap them with the "
     "gather; the pieces run at a fraction of the matrix units' speed, and gathers overlap anyway",
 )
-ASYNC_ALL_REDUCE = (
-    Option(
-        "xla_enable_async_all_reduce",
-        "true",
-        "gradients are reduced while the next layer's backward pass computes; v5e needs the next "
-        "option for it, v5p and v6e a SparseCore",
-    ),
-    Option(
-        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
-        "true",
-        "the fusion that carries an all-reduce along with a matrix product",
-    ),
+ASYNC_ALL_REDUCE = Option(
+    "xla_enable_async_all_reduce",
+    "true",
+    "a gradient is reduced while the layer's next one is computed; v5e needs the next option for "
+    "it, v5p and v6e a SparseCore",
+)
+FUSE_ALL_REDUCE = Option(
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+    "true",
+    "the fusion that carries an all-reduce along with a matrix product",
 )
 SPARSE_CORE = (
     Option(
@@ -97,9 +95,9 @@ CHIPS: dict[str, Chip] = {
 
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "v4": (NO_WINDOWED_EINSUM,),
-    "v5e": (NO_WINDOWED_EINSUM, *ASYNC_ALL_REDUCE, EACH_REDUCTION_ALONE),
-    "v5p": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE[0], *SPARSE_CORE, EACH_REDUCTION_ALONE),
-    "v6e": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE[0], *SPARSE_CORE, EACH_REDUCTION_ALONE),
+    "v5e": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE, FUSE_ALL_REDUCE, EACH_REDUCTION_ALONE),
+    "v5p": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE, *SPARSE_CORE, EACH_REDUCTION_ALONE),
+    "v6e": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE, *SPARSE_CORE, EACH_REDUCTION_ALONE),
     "tpu7x": (NO_WINDOWED_EINSUM,),
 }
 

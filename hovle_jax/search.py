@@ -57,9 +57,6 @@ def search(
     trials: list[Trial] = []
 
     def attempt(changes: dict[str, Any]) -> Trial:
-        for trial in trials:
-            if trial.changes == changes:
-                return trial
         candidate = changed(config, changes)
         try:
             trial = Trial(changes, candidate, compile_step(candidate, target))

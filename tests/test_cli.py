@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
+import jax
 import pytest
 
+from hovle_jax import cli
 from hovle_jax.cli import load_config, main
 from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.errors import UserError
@@ -177,3 +180,17 @@ def test_data_inspect_and_stats(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["data", "tile", "a.png", "--nonsense"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(("hosts", "after"), [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])
+def test_sigterm_on_the_way_out(monkeypatch, tmp_path, hosts, after):
+    """All is saved: hosts that meet once more to leave must not kill each other's exit status."""
+    monkeypatch.setattr(cli, "_train_on", lambda args, config: 75)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        command = ["train", "--config=configs/stage3_instruct.py:tiny", f"--workdir={tmp_path}"]
+        assert main(command) == 75
+        assert signal.getsignal(signal.SIGTERM) == after
+    finally:
+        signal.signal(signal.SIGTERM, before)
