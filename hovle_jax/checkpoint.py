@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hovle_jax import digests, model, teacher
+from hovle_jax import model
 from hovle_jax.config import (
     DataConfig,
     ModelConfig,
@@ -41,6 +41,8 @@ from hovle_jax.data.pipeline import START, Cursor
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
+from hovle_jax.nn import teacher
+from hovle_jax.run import digests
 from hovle_jax.streaming import open_arrays, read_array
 from hovle_jax.tree import flatten, unflatten
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from hovle_jax.errors import UserError
+from hovle_jax.registry import load_plugins
 
 T = TypeVar("T")
 
@@ -89,6 +90,8 @@ class ModelConfig:
     remat: str = "full"  # layers.REMAT_POLICIES
     attention: str = "auto"  # attention.IMPLEMENTATIONS; auto: what suits the device
     loss_chunk: int = 512  # tokens per row whose logits exist at one time
+    # Modules, or .py files, that register what this config names (registry.py):
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
@@ -379,6 +382,10 @@ def to_dict(value: Any) -> Any:
 
 def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
     """Nested mapping -> dataclass `cls`; names the key that is unknown or of the wrong type."""
+    for part in (raw, raw.get("model")):  # first: what follows may name what they register
+        if isinstance(part, typing.Mapping):
+            named = _convert(part.get("plugins", ()), tuple[str, ...], "config.model.plugins")
+            load_plugins(named)
     hints = typing.get_type_hints(cls)
     unknown = [k for k in raw if k not in hints]
     if unknown:

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hovle_jax import model, teacher
+from hovle_jax import model
 from hovle_jax.checkpoint import Stored, open_stored, read_config
 from hovle_jax.config import RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
+from hovle_jax.nn import teacher
 from hovle_jax.stages import Stage
 from hovle_jax.train_step import param_shardings, teacher_shardings
 from hovle_jax.tree import flatten, unflatten

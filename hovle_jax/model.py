@@ -27,10 +27,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hovle_jax.attention import causal_mask, visible
 from hovle_jax.config import LayersConfig, ModelConfig
-from hovle_jax.decoder import Decoder
-from hovle_jax.embedding import (
+from hovle_jax.nn.attention import causal_mask, visible
+from hovle_jax.nn.decoder import Decoder
+from hovle_jax.nn.embedding import (
     HolisticEmbedding,
     Stream,
     image_order,
@@ -38,7 +38,7 @@ from hovle_jax.embedding import (
     short_stream,
     take,
 )
-from hovle_jax.layers import LayerInputs, axis_names, rope_tables
+from hovle_jax.nn.layers import LayerInputs, axis_names, rope_tables
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hovle_jax import losses, model, teacher
+from hovle_jax import losses, model
 from hovle_jax.config import RunConfig
-from hovle_jax.embedding import image_order, take
 from hovle_jax.errors import UserError
+from hovle_jax.nn import teacher
+from hovle_jax.nn.embedding import image_order, take
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]

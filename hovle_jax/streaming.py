@@ -18,8 +18,8 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from hovle_jax import digests
 from hovle_jax.errors import UserError
+from hovle_jax.run import digests
 from hovle_jax.tree import unflatten
 
 CHUNK_BYTES = 64 * 2**20  # of storage, about: what a reader has to fetch at least

@@ -13,19 +13,20 @@ from typing import Any
 
 import jax
 
-from hovle_jax import preemption, sharding
+from hovle_jax import sharding
 from hovle_jax.checkpoint import write_config
 from hovle_jax.config import RunConfig
 from hovle_jax.data.pipeline import Cursor, HostBatch
 from hovle_jax.errors import UserError
-from hovle_jax.goodput import Clock
-from hovle_jax.heldout import HeldOut
-from hovle_jax.hosts import PREEMPTIONS, SIGTERM
-from hovle_jax.profiler import Profile
-from hovle_jax.reporter import Reporter
-from hovle_jax.run import Run, open_run
+from hovle_jax.run import preemption
+from hovle_jax.run.goodput import Clock
+from hovle_jax.run.heldout import HeldOut
+from hovle_jax.run.hosts import PREEMPTIONS, SIGTERM
+from hovle_jax.run.prepare import Run, open_run
+from hovle_jax.run.profiler import Profile
+from hovle_jax.run.reporter import Reporter
+from hovle_jax.run.watchdog import Watchdog
 from hovle_jax.train_step import TrainState
-from hovle_jax.watchdog import Watchdog
 
 
 class Preempted(Exception):

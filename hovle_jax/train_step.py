@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hovle_jax import chips, losses, model, sharding, teacher
+from hovle_jax import losses, model, sharding
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
+from hovle_jax.nn import teacher
 from hovle_jax.optim import group_norms, make_optimizer, make_schedule
 from hovle_jax.stages import get_stage
+from hovle_jax.tpu import chips
 from hovle_jax.tree import flatten, merge, split, unflatten
 
 Params = dict[str, Any]

@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from hovle_jax import hosts as processes
 from hovle_jax.checkpoint import open_stored
-from hovle_jax.chips import get_chip
-from hovle_jax.cli import load_config
+from hovle_jax.cli.main import load_config
 from hovle_jax.data.pipeline import open_sources
 from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.run import hosts as processes
 from hovle_jax.stages import get_stage
+from hovle_jax.tpu.chips import get_chip
 
 
 def hosts(args):

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 import hovle_jax
-from hovle_jax import model, slots, teacher
+from hovle_jax import model
 from hovle_jax.checkpoint import save_model
 from hovle_jax.config import (
     DataConfig,
@@ -36,6 +36,8 @@ from hovle_jax.config import (
     TeacherConfig,
 )
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, train_tokenizer
+from hovle_jax.generation import slots
+from hovle_jax.nn import teacher
 from tests import small
 
 LAYERS = dataclasses.replace(
@@ -193,7 +195,7 @@ def quick_compilation() -> None:
 @pytest.fixture
 def one_line_error(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     """Runs the command line, expects exit status 1 and one line of error; returns the line."""
-    from hovle_jax.cli import main
+    from hovle_jax.cli.main import main
 
     def run(argv: list[str]) -> str:
         capsys.readouterr()

@@ -8,8 +8,8 @@ import json
 import jax
 import pytest
 
-from hovle_jax import aot, chips, sharding, train_step
-from hovle_jax.cli import main
+from hovle_jax import sharding, train_step
+from hovle_jax.cli.main import main
 from hovle_jax.config import MeshConfig
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
@@ -17,6 +17,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.optim import make_optimizer
 from hovle_jax.stages import get_stage
+from hovle_jax.tpu import aot, chips
 from hovle_jax.tree import split
 
 

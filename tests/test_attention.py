@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import attention, flash, sharding, teacher, tile_attention
+from hovle_jax import sharding
 from hovle_jax.config import MeshConfig, TeacherConfig
 from hovle_jax.errors import UserError
+from hovle_jax.nn import attention, flash, teacher, tile_attention
 
 HEADS, KV_HEADS, SIZE = 4, 2, 128
 # Lengths of the segments of each row; what is left is padding.

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from hovle_jax.batch import Settings, answer_file
-from hovle_jax.chat import Assistant, Question
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.data.records import Turn
-from hovle_jax.text_stream import TextStream
+from hovle_jax.generation.batch import Settings, answer_file
+from hovle_jax.generation.chat import Assistant, Question
+from hovle_jax.generation.text_stream import TextStream
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NEW = 6

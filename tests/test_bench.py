@@ -12,10 +12,10 @@ import pytest
 
 from hovle_jax import model
 from hovle_jax.bench import data, demand, generate, packing, reference, steps, synthetic
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig, to_dict
 from hovle_jax.data.pack import best_fit
-from hovle_jax.generate import generate as hovle_generate
+from hovle_jax.generation.generate import generate as hovle_generate
 from tests import small
 
 STREAM = packing.synthetic_lengths(6000, seed=0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import hovle_jax
-from hovle_jax.chat import Assistant, Chat, Question, first_question, interactive
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.data.records import Turn
+from hovle_jax.generation.chat import Assistant, Chat, Question, first_question, interactive
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hovle_jax import checkpoint_tools, digests, preemption
 from hovle_jax.checkpoint import load, open_stored
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import DataBarrier
-from hovle_jax.metrics import read_metrics
-from hovle_jax.run_checkpoints import Checkpoints, kept
+from hovle_jax.run import checkpoint_tools, digests, preemption
+from hovle_jax.run.checkpoints import Checkpoints, kept
+from hovle_jax.run.hosts import DataBarrier
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.train import Preempted, train
 from tests.chaos import cluster
 
@@ -176,7 +176,7 @@ def test_a_failed_last_save_is_an_error(world, tmp_path, monkeypatch):
     def full(directory, known=None):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hovle_jax.run_checkpoints.digests.write", full)
+    monkeypatch.setattr("hovle_jax.run.checkpoints.digests.write", full)
     config = config_of(world, steps=1, trainable=".*")  # nothing is frozen
     with pytest.raises(UserError, match="saving step 1 in .* failed: .*No space left"):
         train(config, tmp_path, devices=jax.devices()[:1], quiet=True)

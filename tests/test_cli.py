@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from hovle_jax import cli
-from hovle_jax.cli import load_config, main
+from hovle_jax.cli import main as cli
+from hovle_jax.cli.main import load_config, main
 from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.errors import UserError
 from tests.conftest import write_meta

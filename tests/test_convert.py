@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import hovle_jax
-from hovle_jax import checkpoint, model, teacher
-from hovle_jax.cli import main
+from hovle_jax import checkpoint, model
+from hovle_jax.cli.main import main
 from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hf import config_json, live, names, shards
@@ -26,6 +26,7 @@ from hovle_jax.hf.importer import import_directory
 from hovle_jax.hf.reader import open_directory
 from hovle_jax.hf.writer import ExportOptions, parse_size
 from hovle_jax.initialize import initial_params, teacher_params
+from hovle_jax.nn import teacher
 from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import get_stage
 from hovle_jax.train import train
@@ -557,7 +558,7 @@ def test_file_size_limit_leaves_nothing(command, tmp_path):
 
     code = (
         "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from hovle_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from hovle_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited"]  # in 1024 bytes
     run = subprocess.run(

@@ -39,7 +39,7 @@ def big(layers: int) -> ModelConfig:
 MEASURE = """
 import re, sys
 from pathlib import Path
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 assert main(sys.argv[1:]) == 0
 # Not ru_maxrss: that remembers the process this one was forked from.
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)

@@ -10,12 +10,13 @@ import pytest
 from etils import epath
 
 import hovle_jax
-from hovle_jax import checkpoint, digests, model
+from hovle_jax import checkpoint, model
 from hovle_jax.errors import UserError
 from hovle_jax.hf import importer, shards
 from hovle_jax.hf.export import export
 from hovle_jax.hf.importer import import_directory
 from hovle_jax.hf.writer import ExportOptions
+from hovle_jax.run import digests
 
 A_PRE = pathlib.Path(__file__).parent / "golden/hovle/a_pre"
 

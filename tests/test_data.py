@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.config import IGNORE, DataConfig
 from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.mixture import Phase, Stream

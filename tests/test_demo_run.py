@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.demo import run, settings, standins
 
 pytest.importorskip("sklearn")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
-from hovle_jax.decode import STACKS, compute_params, decode_step, restack, unstack
-from hovle_jax.engine import Engine, Request, bucket
 from hovle_jax.errors import UserError
-from hovle_jax.generate import generate
-from hovle_jax.sampling import Sampling
+from hovle_jax.generation.decode import STACKS, compute_params, decode_step, restack, unstack
+from hovle_jax.generation.engine import Engine, Request, bucket
+from hovle_jax.generation.generate import generate
+from hovle_jax.generation.sampling import Sampling
 from tests import small
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.errors import UserError
 from hovle_jax.eval.examples import Example, ImageStore
 from hovle_jax.eval.jsonl import read_answers, read_jsonl
@@ -349,8 +349,8 @@ def test_a_benchmark_from_file_to_table(release, tmp_path, capsys, one_line_erro
 
 def test_tiles_follow_the_task(release, tmp_path):
     """A wide picture: MME cuts it into six tiles, DocVQA into more, two pictures share 64."""
-    from hovle_jax.chat import Assistant
     from hovle_jax.eval.run import TaskTiler
+    from hovle_jax.generation.chat import Assistant
 
     assistant = Assistant.load(release)
     for task, images, most in (("mme", 1, 6), ("docvqa", 1, 18), ("mmmu", 2, 12), ("mmmu", 7, 9)):
@@ -467,7 +467,7 @@ def test_one_question_of_an_image_is_missing(tmp_path, one_line_error):
 
 def test_questions_are_rows_of_generate(tmp_path):
     """The same bytes each time, and images that `hovle generate` finds."""
-    from hovle_jax.questions import question_of
+    from hovle_jax.generation.questions import question_of
 
     run = Run("mme", "vlmevalkit", (str(mme(tmp_path)),), out=str(tmp_path / "out"))
     store = ImageStore(run.directory.parent / "images")

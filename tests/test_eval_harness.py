@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hovle_jax.chat import Assistant, Question
 from hovle_jax.data.records import Turn
 from hovle_jax.errors import UserError
 from hovle_jax.eval.harness import Answerer
 from hovle_jax.eval.prompts import SHORT
+from hovle_jax.generation.chat import Assistant, Question
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NEW = 4

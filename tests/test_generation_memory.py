@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
-from hovle_jax.batch import Settings, answer_file
-from hovle_jax.chat import Assistant
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.config import MeshConfig
-from hovle_jax.decode import STACKS, compute_params, decode_step, restack, unstack
-from hovle_jax.engine import Engine
 from hovle_jax.errors import UserError
-from hovle_jax.generate import generate
-from hovle_jax.prefix import PrefixStore, prefix_key, prefix_length
-from hovle_jax.quantize import dequantize_heads, quantize, quantize_heads
-from hovle_jax.sampling import Sampling
+from hovle_jax.generation.batch import Settings, answer_file
+from hovle_jax.generation.chat import Assistant
+from hovle_jax.generation.decode import STACKS, compute_params, decode_step, restack, unstack
+from hovle_jax.generation.engine import Engine
+from hovle_jax.generation.generate import generate
+from hovle_jax.generation.prefix import PrefixStore, prefix_key, prefix_length
+from hovle_jax.generation.sampling import Sampling
+from hovle_jax.nn.quantize import dequantize_heads, quantize, quantize_heads
 from hovle_jax.sharding import make_mesh
 from tests.test_engine import (
     CONFIGS,

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import checkpoint, embedding, model, stages, teacher
+from hovle_jax import checkpoint, model, stages
 from hovle_jax.config import ModelConfig, RunConfig
-from hovle_jax.generate import generate
+from hovle_jax.generation.generate import generate
 from hovle_jax.hf.gradients import hub_gradients
+from hovle_jax.nn import embedding, teacher
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = {"a_pre": ("text", "img1", "img5t", "batch_left"), "b_post": ("img1", "img5t")}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hovle_jax.goodput import PHASES, Clock, GoodputLog, goodput, read_goodput, split_time
+from hovle_jax.run.goodput import PHASES, Clock, GoodputLog, goodput, read_goodput, split_time
 
 
 class Hands:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from hovle_jax import sharding
-from hovle_jax.array_digests import digest, digests
 from hovle_jax.config import GuardConfig, MeshConfig
 from hovle_jax.errors import UserError
-from hovle_jax.guards import LossGuard, ParameterGuard
-from hovle_jax.watchdog import Watchdog
+from hovle_jax.run.array_digests import digest, digests
+from hovle_jax.run.guards import LossGuard, ParameterGuard
+from hovle_jax.run.watchdog import Watchdog
 from tests.test_hosts import free_port
 
 
@@ -159,11 +159,11 @@ from pathlib import Path
 process, port, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from hovle_jax import sharding
-from hovle_jax.agreement import exchange
+from hovle_jax.run.agreement import exchange
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
-from hovle_jax.guards import ParameterGuard
-from hovle_jax.watchdog import Watchdog
+from hovle_jax.run.guards import ParameterGuard
+from hovle_jax.run.watchdog import Watchdog
 
 def say(call):
     try:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hovle_jax import chips, hlo
-from hovle_jax.cost import price
 from hovle_jax.errors import UserError
+from hovle_jax.tpu import chips, hlo
+from hovle_jax.tpu.cost import price
 
 # Three trips of a loop that multiplies [64, 128] x [128, 256], with an all-gather inside a fusion,
 # a blocking all-reduce and a reduce-scatter spelled as a fusion; an attention kernel each way.

@@ -14,14 +14,14 @@ import pytest
 from hovle_jax.checkpoint import open_stored
 from hovle_jax.config import to_dict
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import DataBarrier
-from hovle_jax.metrics import read_metrics
+from hovle_jax.run.hosts import DataBarrier
+from hovle_jax.run.metrics import read_metrics
 
 SCRIPT = """
 import os, signal, socket, sys, time
 process, port = int(sys.argv[1]), sys.argv[2]
 from hovle_jax.errors import UserError
-from hovle_jax.hosts import NOTICE, DataBarrier, connect
+from hovle_jax.run.hosts import NOTICE, DataBarrier, connect
 connect(f"127.0.0.1:{port}", 2, process)
 
 def reason(block, *args):

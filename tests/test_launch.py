@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hovle_jax import cli
-from hovle_jax.chips import CHIPS, OPTIONS
+from hovle_jax.cli import main as cli
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, train_tokenizer
+from hovle_jax.tpu.chips import CHIPS, OPTIONS
 from tests.conftest import write_meta
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 
-from hovle_jax.metrics import MetricLog, Progress, read_metrics
+from hovle_jax.run.metrics import MetricLog, Progress, read_metrics
 
 
 class Terminal(io.StringIO):

@@ -14,22 +14,22 @@ import jax
 import numpy as np
 import pytest
 
-from hovle_jax import aot, chips
 from hovle_jax.bench.overhead import summary
 from hovle_jax.checkpoint import latest_step, load
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.data import inspect
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.goodput import read_goodput, split_time
-from hovle_jax.metrics import read_metrics
-from hovle_jax.plot import read_run
-from hovle_jax.profiler import parse_window
-from hovle_jax.replay import compare, replay
-from hovle_jax.reporter import peak_shares
-from hovle_jax.sinks import open_sinks
+from hovle_jax.run.goodput import read_goodput, split_time
+from hovle_jax.run.metrics import read_metrics
+from hovle_jax.run.plot import read_run
+from hovle_jax.run.profiler import parse_window
+from hovle_jax.run.replay import compare, replay
+from hovle_jax.run.reporter import peak_shares
+from hovle_jax.run.sinks import open_sinks
 from hovle_jax.stages import get_stage
+from hovle_jax.tpu import aot, chips
 from hovle_jax.train import train as train_on
 from hovle_jax.train_step import make_loss
 from hovle_jax.tree import flatten

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from hovle_jax import model, teacher
+from hovle_jax import model
 from hovle_jax.config import LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.hf import names
+from hovle_jax.nn import teacher
 from hovle_jax.tree import flatten
 
 HOVLE_2B = ModelConfig()

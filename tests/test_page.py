@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hovle_jax.chat import Assistant, Question, first_question
 from hovle_jax.data.records import Turn
+from hovle_jax.generation.chat import Assistant, Question, first_question
 from hovle_jax.serve.protocol import Limits
 
 pytest.importorskip("httpx")

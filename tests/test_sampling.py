@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hovle_jax.errors import UserError
-from hovle_jax.sampling import REMOVED, Sampling, choose, keep_likely, rows
+from hovle_jax.generation.sampling import REMOVED, Sampling, choose, keep_likely, rows
 
 RNG = np.random.default_rng(0)
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from hovle_jax import chips
-from hovle_jax.aot import Memory, Plan, Topology
-from hovle_jax.cli import main
-from hovle_jax.cli_plan import report
+from hovle_jax.cli.main import main
+from hovle_jax.cli.plan import report
 from hovle_jax.config import DataConfig, MeshConfig, RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.search import Trial, search
+from hovle_jax.tpu import chips
+from hovle_jax.tpu.aot import Memory, Plan, Topology
+from hovle_jax.tpu.search import Trial, search
 from tests.small import PRE
 
 CHIP = chips.get_chip("v5e")

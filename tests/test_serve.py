@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hovle_jax.chat import Assistant, first_question
+from hovle_jax.generation.chat import Assistant, first_question
 from hovle_jax.serve import protocol
 from hovle_jax.serve.protocol import Limits
 

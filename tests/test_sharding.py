@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import sharding, teacher, train_step
+from hovle_jax import sharding, train_step
 from hovle_jax.config import MeshConfig
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
+from hovle_jax.nn import teacher
 from hovle_jax.stages import get_stage
 from hovle_jax.tree import flatten, split
 from tests.conftest import TEACHER

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import losses, model, stages, teacher, train_step
+from hovle_jax import losses, model, stages, train_step
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
+from hovle_jax.nn import teacher
 from hovle_jax.tree import flatten, split, unflatten
 from tests.small import PRE
 

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.data import convert, text_files, tokenize_text
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer, train_tokenizer

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from hovle_jax.chat import first_question
 from hovle_jax.data import tokenizer as tokenizer_lib
 from hovle_jax.data.chat import TEMPLATES, Template
 from hovle_jax.data.records import Turn
 from hovle_jax.data.tokenizer import ADDED_TOKENS, IM_START, IMG_CONTEXT, Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.generation.chat import first_question
 from hovle_jax.hf.chat_template import chat_template
 from hovle_jax.hf.tokenizer_json import tokenizer_files
 

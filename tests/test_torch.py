@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.data.chat import encode_prompt
 from hovle_jax.data.records import Record, Turn
 from hovle_jax.data.samples import Tiler, get_template
 from hovle_jax.data.tokenizer import Tokenizer
-from hovle_jax.embedding import normalize_pixels
 from hovle_jax.hf import live
 from hovle_jax.hf.export import export
 from hovle_jax.hf.verify import Verifier
 from hovle_jax.hf.writer import ExportOptions
+from hovle_jax.nn.embedding import normalize_pixels
 from hovle_jax.train import train
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

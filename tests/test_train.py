@@ -21,8 +21,8 @@ from hovle_jax.config import to_dict
 from hovle_jax.data import inspect
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
-from hovle_jax.metrics import read_metrics
-from hovle_jax.run_checkpoints import Checkpoints
+from hovle_jax.run.checkpoints import Checkpoints
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.stages import get_stage
 from hovle_jax.train import train as train_on
 from hovle_jax.tree import flatten

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hovle_jax import checkpoint
-from hovle_jax.cli import main
+from hovle_jax.cli.main import main
 from hovle_jax.errors import UserError
 from hovle_jax.hf.cases import GRADIENTS, LOSSES, NOT_COMPUTED, STATES, table
 from hovle_jax.hf.verify import Verifier

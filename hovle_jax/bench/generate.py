@@ -23,8 +23,8 @@ from hovle_jax import checkpoint, model
 from hovle_jax.bench.reference import GenerateReference
 from hovle_jax.bench.steps import workload
 from hovle_jax.config import ModelConfig
-from hovle_jax.engine import Engine, Request
 from hovle_jax.errors import UserError
+from hovle_jax.generation.engine import Engine, Request
 from hovle_jax.tree import flatten
 
 DEFAULT = workload().model  # 61.6M parameters: large enough for memory to set the pace

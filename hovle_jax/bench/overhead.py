@@ -22,7 +22,7 @@ from hovle_jax.bench import synthetic
 from hovle_jax.checkpoint import latest_step
 from hovle_jax.config import InitConfig, RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.run import open_run
+from hovle_jax.run.prepare import open_run
 from hovle_jax.train import train
 from hovle_jax.train_step import TrainState
 

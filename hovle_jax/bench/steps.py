@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax import aot, chips, sharding, teacher, train_step
+from hovle_jax import sharding, train_step
 from hovle_jax.bench.reference import Reference
 from hovle_jax.config import (
     IGNORE,
@@ -30,7 +30,9 @@ from hovle_jax.config import (
 )
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params
+from hovle_jax.nn import teacher
 from hovle_jax.stages import get_stage
+from hovle_jax.tpu import aot, chips
 from hovle_jax.tree import split
 
 WORK = {"train": ("train",), "forward": ("forward", "forward_backward")}

@@ -27,7 +27,7 @@ from hovle_jax.data.records import Record, Source
 from hovle_jax.data.rows import PROMPT, load_json
 from hovle_jax.data.sources import JOURNAL, open_meta, open_source
 from hovle_jax.errors import UserError, one_line
-from hovle_jax.metrics import Progress
+from hovle_jax.run.metrics import Progress
 
 REJECTS = "rejects.jsonl"
 _CHECKS = ("none", "header", "full")

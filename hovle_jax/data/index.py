@@ -25,7 +25,7 @@ from hovle_jax.config import DataConfig
 from hovle_jax.data import files
 from hovle_jax.data.samples import SampleSource
 from hovle_jax.errors import UserError, one_line
-from hovle_jax.metrics import Progress
+from hovle_jax.run.metrics import Progress
 
 
 class Lengths:

@@ -39,7 +39,7 @@ from hovle_jax.data.token_shards import (
 )
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError, one_line
-from hovle_jax.metrics import Progress
+from hovle_jax.run.metrics import Progress
 
 
 def tokenize_text(

@@ -18,16 +18,16 @@ import jax
 import numpy as np
 
 from hovle_jax import model as hovle_model
-from hovle_jax.chat import Assistant
 from hovle_jax.checkpoint import load, save_model
 from hovle_jax.config import InitConfig, ModelConfig, RunConfig
 from hovle_jax.data.tokenizer import Tokenizer, train_tokenizer
 from hovle_jax.demo import digits, report, settings, standins
 from hovle_jax.demo.score import cosine_map, score_questions
 from hovle_jax.errors import UserError
+from hovle_jax.generation.chat import Assistant
 from hovle_jax.hf.export import export
 from hovle_jax.hf.writer import ExportOptions
-from hovle_jax.metrics import read_metrics
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.train import train
 from hovle_jax.tree import merge
 

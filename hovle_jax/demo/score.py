@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from hovle_jax import stages
-from hovle_jax.chat import Assistant, Question
 from hovle_jax.config import RunConfig
 from hovle_jax.data.image import open_image
 from hovle_jax.data.pack import assemble
@@ -24,6 +23,7 @@ from hovle_jax.data.readers import JsonlConversations
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Turn
 from hovle_jax.data.samples import Sample
 from hovle_jax.data.tokenizer import IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
+from hovle_jax.generation.chat import Assistant, Question
 
 BATCH = 150
 

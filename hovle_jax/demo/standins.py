@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hovle_jax import losses, model, teacher
+from hovle_jax import losses, model
 from hovle_jax.config import ModelConfig, TeacherConfig
 from hovle_jax.data.chat import encode_conversation
 from hovle_jax.data.image import open_image
@@ -24,7 +24,8 @@ from hovle_jax.data.records import Turn
 from hovle_jax.data.samples import Sample, get_template
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.demo import digits
-from hovle_jax.metrics import Progress
+from hovle_jax.nn import teacher
+from hovle_jax.run.metrics import Progress
 
 Params = dict[str, Any]
 TEACHER_STEPS, TEACHER_BATCH, LM_STEPS = 900, 192, 900

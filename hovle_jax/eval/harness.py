@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hovle_jax.batch import AHEAD
-from hovle_jax.chat import Assistant, Question
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Turn
 from hovle_jax.errors import UserError
 from hovle_jax.eval.run import TaskTiler
+from hovle_jax.generation.batch import AHEAD
+from hovle_jax.generation.chat import Assistant, Question
 
 Image = str | bytes  # a path, or encoded
 MAX_TILES = 6  # VLMEvalKit's for everything that has no limit of its own

@@ -23,8 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from hovle_jax.batch import Settings, answer_file
-from hovle_jax.chat import Assistant
 from hovle_jax.config import DataConfig
 from hovle_jax.data.samples import Tiler
 from hovle_jax.errors import UserError
@@ -36,6 +34,8 @@ from hovle_jax.eval.report import results, write_table
 from hovle_jax.eval.tally import Scored
 from hovle_jax.eval.tasks import TASKS, Task
 from hovle_jax.eval.tsv import read_tsv
+from hovle_jax.generation.batch import Settings, answer_file
+from hovle_jax.generation.chat import Assistant
 
 TOTAL_TILES = 64  # of several images together, as in VLMEvalKit
 TEXT_TOKENS = 1024  # left for question and template in the default context

@@ -10,7 +10,7 @@ from typing import Any
 import hovle_jax
 from hovle_jax.checkpoint import Stored
 from hovle_jax.config import ModelConfig, RunConfig, to_dict
-from hovle_jax.metrics import read_metrics
+from hovle_jax.run.metrics import read_metrics
 
 _CARD = """\
 ---

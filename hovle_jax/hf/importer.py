@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from hovle_jax import model, teacher
+from hovle_jax import model
 from hovle_jax.checkpoint import UNUSED, write_config
 from hovle_jax.config import TeacherConfig
 from hovle_jax.hf.directory import new_directory
 from hovle_jax.hf.names import Row
 from hovle_jax.hf.reader import HubDirectory, Part, open_directory
 from hovle_jax.hf.shards import ShardWriter, Tensor, read_tensor, reading
-from hovle_jax.metrics import Progress
+from hovle_jax.nn import teacher
+from hovle_jax.run.metrics import Progress
 from hovle_jax.streaming import Pieces, write_pieces
 from hovle_jax.tree import flatten
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax import embedding, model, stages, teacher
+from hovle_jax import model, stages
 from hovle_jax.checkpoint import load
 from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.generate import generate
+from hovle_jax.generation.generate import generate
 from hovle_jax.hf import reader
 from hovle_jax.hf.cases import (
     BFLOAT16_ULPS,
@@ -40,6 +40,7 @@ from hovle_jax.hf.cases import (
 )
 from hovle_jax.hf.dynamic_rope import recompute, rescales, stretched_rows
 from hovle_jax.hf.gradients import compare_gradients, hub_gradients
+from hovle_jax.nn import embedding, teacher
 from hovle_jax.tree import flatten, unflatten
 
 Batch = dict[str, Any]

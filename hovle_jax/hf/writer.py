@@ -31,7 +31,7 @@ from hovle_jax.hf.reader import open_directory
 from hovle_jax.hf.shards import ShardWriter, Tensor, read_header, read_tensor
 from hovle_jax.hf.tokenizer_json import tokenizer_files
 from hovle_jax.hf.tokens import check_ids
-from hovle_jax.metrics import Progress
+from hovle_jax.run.metrics import Progress
 
 REMOTE = Path(__file__).parent / "remote"
 _SHARED = ("configuration_hovle.py", "modeling_hovle_layers.py")

@@ -19,10 +19,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hovle_jax.chat import Assistant
 from hovle_jax.data.records import Record
-from hovle_jax.engine import Engine, Progress, Request
 from hovle_jax.errors import UserError
+from hovle_jax.generation.chat import Assistant
+from hovle_jax.generation.engine import Engine, Progress, Request
+from hovle_jax.generation.text_stream import TextStream
 from hovle_jax.serve.openapi import document
 from hovle_jax.serve.page import page
 from hovle_jax.serve.protocol import (
@@ -36,7 +37,6 @@ from hovle_jax.serve.protocol import (
     usage,
 )
 from hovle_jax.serve.worker import Worker
-from hovle_jax.text_stream import TextStream
 
 CLOSED = 499  # the client left before its answer; nobody reads this status but the metrics
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hovle_jax import __version__
-from hovle_jax.questions import MAX_STOPS
-from hovle_jax.sampling import MAX_TOP
+from hovle_jax.generation.questions import MAX_STOPS
+from hovle_jax.generation.sampling import MAX_TOP
 from hovle_jax.serve.protocol import IGNORED, NEUTRAL, Limits
 
 Schema = dict[str, Any]

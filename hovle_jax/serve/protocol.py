@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hovle_jax.chat import Question
 from hovle_jax.data.image import image_size_of
-from hovle_jax.engine import Progress
 from hovle_jax.errors import UserError
-from hovle_jax.questions import number, question_of, sampling_of, stop_of
-from hovle_jax.sampling import MAX_SEED, MAX_TOP, Sampling
+from hovle_jax.generation.chat import Question
+from hovle_jax.generation.engine import Progress
+from hovle_jax.generation.questions import number, question_of, sampling_of, stop_of
+from hovle_jax.generation.sampling import MAX_SEED, MAX_TOP, Sampling
 
 # Accepted, because they change nothing that is answered.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}

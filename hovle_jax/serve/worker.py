@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from hovle_jax.engine import Engine, Progress, Request
 from hovle_jax.errors import one_line
+from hovle_jax.generation.engine import Engine, Progress, Request
 
 # Called in the worker's thread: progress of a ticket, or the exception that ended the worker.
 Report = Callable[[Progress | Exception], None]

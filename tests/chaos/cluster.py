@@ -18,7 +18,7 @@ from etils import epath
 
 from hovle_jax.checkpoint import finished_steps
 from hovle_jax.config import RunConfig, to_dict
-from hovle_jax.metrics import read_metrics
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.streaming import open_arrays, read_array
 
 LIMIT = 600.0  # seconds until a launch counts as hanging; generous, for machines that are busy
@@ -82,7 +82,7 @@ class Launch:
                 argv += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
                 argv += [f"--process={process}", f"--dead-after={DEAD_AFTER}"]
             source = CACHE + (prelude or {}).get(process, "")
-            source += "\nimport sys; from hovle_jax.cli import main\n"
+            source += "\nimport sys; from hovle_jax.cli.main import main\n"
             source += f"sys.exit(main({[*argv[1:], *flags]!r}))"
             log = workdir.parent / f"{workdir.name}.{number + process:03}.log"
             self.logs.append(log)

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from hovle_jax import hosts
 from hovle_jax.config import MeshConfig, RunConfig
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.errors import UserError
-from hovle_jax.metrics import read_metrics
+from hovle_jax.run import hosts
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.train import train
 from tests.chaos import cluster
 from tests.chaos.cluster import Launch

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from hovle_jax.checkpoint import read_meta
-from hovle_jax.metrics import read_metrics
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.train import train
 from tests.chaos import cluster
 

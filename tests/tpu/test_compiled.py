@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from hovle_jax import aot, hlo
 from hovle_jax.config import DataConfig, RunConfig
-from hovle_jax.cost import Collective
+from hovle_jax.tpu import aot, hlo
+from hovle_jax.tpu.cost import Collective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs"))
 from models import HOVLE_2B, TEACHERS  # noqa: E402

@@ -1,0 +1,1 @@
+"""The console script `hovle`; a file per family of subcommands."""

@@ -1,0 +1,82 @@
+"""`hovle eval`: a model on a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from hovle_jax.cli.data import add_command
+from hovle_jax.errors import UserError
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to those of `hovle`."""
+    command: argparse.ArgumentParser = add_command(
+        commands,
+        "eval",
+        _eval,
+        "Ask a model a benchmark's questions and score its answers; resumes after a kill.",
+        "hovle eval --model runs/stage3 --task mme --data MME.tsv",
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", default="", metavar="MODEL_DIR")
+    source.add_argument("--predictions", default="", metavar="FILE", help="score these, no model")
+    command.add_argument("--task", required=True, help="mme, mmbench_en, ...: docs/evaluation.md")
+    command.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help="VLMEvalKit's TSV, jsonl or JSON"
+    )
+    command.add_argument("--answers", default="", metavar="FILE", help="annotations it lacks")
+    command.add_argument("--images", default="", metavar="DIR", help="root of its image paths")
+    command.add_argument(
+        "--dialect",
+        default="vlmevalkit",
+        help="whose prompts and metric: vlmevalkit (default), lmms-eval or internvl",
+    )
+    command.add_argument("--out", default="runs/eval", metavar="DIR")
+    command.add_argument("--slots", type=int, default=8, help="questions answered at a time")
+    command.add_argument("--context", type=int, default=0, help="tokens; default: what they need")
+    command.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+
+
+def _eval(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        print(f"hovle eval: unknown argument {rest[0]}", file=sys.stderr)
+        return 2
+    from hovle_jax.eval.examples import ImageStore
+    from hovle_jax.eval.report import HEAD, markdown_row
+    from hovle_jax.eval.run import Run, answer, read_examples, score
+    from hovle_jax.eval.tasks import check
+
+    for name, least in (("slots", 1), ("resamples", 1), ("context", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be {least} or more")
+    check(args.task, args.dialect)
+    run = Run(
+        args.task,
+        args.dialect,
+        tuple(args.data),
+        args.answers,
+        args.images,
+        args.out,
+        args.resamples,
+        args.seed,
+    )
+    scale = run.definition.upscale.get(args.dialect, 1)
+    pictures = run.directory.parent / "images" if args.model else None
+    examples, empty = read_examples(run, ImageStore(pictures, scale))
+    if empty:
+        print(f"{empty} rows without an image are left out", file=sys.stderr)
+    predictions = args.predictions
+    if args.model:
+        path, _ = answer(run, args.model, examples, slots=args.slots, context=args.context)
+        predictions = str(path)
+    found = score(run, examples, predictions)
+    if found is None:
+        print(f"{run.directory / 'predictions.tsv'}: {len(examples)} answers for a judge or server")
+        return 0
+    print("\n".join((*HEAD, markdown_row(found))))
+    print(f"{Path(run.directory) / 'results.json'}, {Path(run.out) / 'results.md'}")
+    return 1 if found["failed"] else 0

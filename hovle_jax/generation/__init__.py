@@ -1,0 +1,1 @@
+"""Answers: prefill and cached decoding, continuous batching, conversations, files of questions."""

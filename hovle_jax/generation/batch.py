@@ -1,0 +1,173 @@
+"""`hovle generate`: questions of a jsonl file to a jsonl file of answers.
+
+One line out per line in, in the same order, written as soon as all before it are. A line of output
+names its line of input by number and checksum, so that a run that was killed goes on after the last
+complete line, and one whose input has changed since is refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from hovle_jax.data.rows import load_json
+from hovle_jax.errors import UserError
+from hovle_jax.generation.chat import Assistant
+from hovle_jax.generation.engine import Engine
+from hovle_jax.generation.questions import number, question_of, sampling_of, stop_of
+from hovle_jax.generation.sampling import MAX_SEED, Sampling
+from hovle_jax.generation.text_stream import TextStream
+
+AHEAD = 4  # rows prepared or finished out of order, per slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of all rows; a row's own keys of the same names come first."""
+
+    max_new_tokens: int = 64
+    sampling: Sampling = Sampling()  # the seed of row n is this one's plus n
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class _Row:
+    """A row of input on its way: `out` is set when it is finished."""
+
+    text: TextStream
+    out: dict[str, Any]
+    tokens: int = 0
+    finished: bool = False
+
+
+def answer_file(
+    assistant: Assistant, engine: Engine, source: str, target: str, settings: Settings
+) -> tuple[int, int, int]:
+    """Answers the rows of `source` that `target` has no line for.
+
+    Returns (answered before, answered now, errors now).
+    """
+    if not Path(source).is_file():
+        raise UserError(f"--input: no such file {source}")
+    if Path(target).exists() and Path(target).samefile(source):
+        raise UserError(f"--output {target} is the input")
+    Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+    lines = _lines(source)
+    before = _resume(target, lines, source)
+    order: collections.deque[_Row] = collections.deque()
+    running: dict[int, _Row] = {}
+    done = errors = 0
+    more = True
+    with open(target, "ab") as out:
+        while more or order:
+            while more and len(order) < AHEAD * engine.slots:
+                entry = next(lines, None)
+                more = entry is not None
+                if entry is not None:
+                    order.append(_start(assistant, engine, running, source, entry, settings))
+            for progress in engine.step():
+                row = running[progress.number]
+                row.tokens += len(progress.tokens)
+                row.text.push(progress.tokens)
+                if row.text.stopped or progress.finish:
+                    engine.cancel(progress.number)
+                    finish = "stop" if row.text.stopped else progress.finish
+                    row.out |= {"answer": row.text.text, "finish_reason": finish}
+                    row.out["completion_tokens"] = row.tokens
+                    row.finished = True
+                    del running[progress.number]
+            while order and order[0].finished:
+                row = order.popleft()
+                done, errors = done + 1, errors + ("error" in row.out)
+                _write(out, row.out)
+    return before, done, errors
+
+
+def _start(
+    assistant: Assistant,
+    engine: Engine,
+    running: dict[int, _Row],
+    source: str,
+    entry: tuple[int, bytes],
+    settings: Settings,
+) -> _Row:
+    """Submits one row; a row that cannot be read is finished at once."""
+    n, line = entry
+    where = f"{source}:{n}"
+    row = _Row(TextStream(assistant.tokenizer), {"row": n, "input": _checksum(line)})
+    try:
+        fields = load_json(line, where)
+        if "id" in fields:
+            row.out["id"] = fields["id"]
+        own = dataclasses.replace(
+            settings.sampling, seed=(settings.sampling.seed + n) % (MAX_SEED + 1)
+        )
+        limit = fields.get("max_new_tokens")
+        new = settings.max_new_tokens
+        if limit is not None:
+            new = number(limit, True, f"{where}: max_new_tokens")
+        stop = stop_of(fields.get("stop"), where) or settings.stop
+        row.text = TextStream(assistant.tokenizer, stop)
+        question = question_of(fields, where, os.path.dirname(source))
+        request = assistant.request(question, max_new=new, sampling=sampling_of(fields, own, where))
+        row.out["prompt_tokens"] = len(request.prompt)
+        running[_submit(engine, request, where)] = row
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        row.out |= {"error": str(error)}
+        row.finished = True
+    return row
+
+
+def _submit(engine: Engine, request: Any, where: str) -> int:
+    try:
+        return engine.submit(request)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _lines(source: str) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of all lines that are not blank."""
+    with open(source, "rb") as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                yield n, line.strip()
+
+
+def _checksum(line: bytes) -> str:
+    return f"{zlib.crc32(line):08x}"
+
+
+def _resume(target: str, lines: Iterator[tuple[int, bytes]], source: str) -> int:
+    """Skips the rows that `target` has lines for, and cuts a line that was not finished."""
+    if not Path(target).exists():
+        return 0
+    count, end = 0, 0
+    with open(target, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            where = f"{target}:{count + 1}"
+            out, entry = load_json(line, where), next(lines, None)
+            if entry is None or (out.get("row"), out.get("input")) != (
+                entry[0],
+                _checksum(entry[1]),
+            ):
+                raise UserError(
+                    f"{where}: answers another row than {source} has there; give a new --output"
+                )
+            count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def _write(out: IO[bytes], body: dict[str, Any]) -> None:
+    out.write(json.dumps(body, ensure_ascii=False).encode() + b"\n")
+    out.flush()

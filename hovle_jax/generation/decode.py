@@ -1,0 +1,122 @@
+"""One token through all layers, each with arrays of its own.
+
+    B rows   M cache places   K kv heads   D head size
+
+A scan over stacked layers (`model.decode_step`) copies every layer's weights and cache out of the
+stacked arrays, which costs more than computing with them when each row brings a single token. Here
+a layer's weights are read in place and its cache is extended in place.
+
+    cache = {"embedding": ({"k", "v" [B, M, K, D]}, ... per layer), "decoder": (...),
+             "lengths": {"embedding": int32 [B], "decoder": int32 [B]}}
+
+Caches and matrices may be in int8 (`quantize.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hovle_jax import model, sharding
+from hovle_jax.config import LayersConfig, ModelConfig
+from hovle_jax.nn.embedding import TextTable
+from hovle_jax.nn.layers import Layer, RMSNorm
+from hovle_jax.nn.quantize import quantize_kernels
+from hovle_jax.tree import flatten
+
+STACKS = ("embedding", "decoder")
+
+
+def stacks(config: ModelConfig) -> dict[str, LayersConfig]:
+    return {"embedding": config.embedding, "decoder": config.decoder}
+
+
+def unstack(params: Any) -> Any:
+    """The model's parameters with a tuple of layers in place of stacked ones, or as they are if
+    they have been unstacked before."""
+
+    def layers(name: str) -> Any:
+        stacked = params[name]["layers"]
+        if isinstance(stacked, tuple):
+            return stacked
+        count = len(jax.tree.leaves(stacked)[0])
+        return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
+
+    return _replace_layers(params, {name: layers(name) for name in STACKS})
+
+
+def restack(params: Any) -> Any:
+    """What `unstack` was given."""
+    return _replace_layers(
+        params,
+        {name: jax.tree.map(lambda *x: jnp.stack(x), *params[name]["layers"]) for name in STACKS},
+    )
+
+
+def _replace_layers(params: Any, layers: dict[str, Any]) -> Any:
+    return params | {name: params[name] | {"layers": layers[name]} for name in STACKS}
+
+
+def compute_params(
+    params: Any, config: ModelConfig, *, int8: bool = False, mesh: Any = None
+) -> Any:
+    """Parameters as decoding wants them, from the model's or from prepared ones (which stay as they
+    are): layers apart, matrices in the dtype they are computed in, or in int8. Decoding is as fast
+    as memory delivers them. With a mesh, split over it as `sharding.RULES` says."""
+
+    def cast(path: Any, x: Any) -> Any:
+        # The other parameters are small, and some are used in float32 first.
+        matrix = str(path[-1].key).endswith(("kernel", "table")) and x.dtype != jnp.int8
+        return x.astype(config.dtype) if matrix and config.dtype != "float32" else x
+
+    apart = unstack(params)
+    apart = quantize_kernels(apart) if int8 else apart
+    apart = jax.tree_util.tree_map_with_path(cast, apart)
+    return apart if mesh is None else jax.device_put(apart, _shardings(apart, config, mesh))
+
+
+def _shardings(params: Any, config: ModelConfig, mesh: Any) -> Any:
+    axes_of = flatten(model.param_axes(config))
+
+    def sharding_of(path: Any, x: Any) -> Any:
+        name = "/".join(key.key for key in path if hasattr(key, "key"))
+        axes = axes_of[name.removesuffix("_scale")]
+        # Without the axis of stacked layers, and the scales of a matrix without its inputs.
+        own = sharding.spec(axes[len(axes) - x.ndim :], x.shape, mesh)
+        return jax.sharding.NamedSharding(mesh, own)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, params)
+
+
+def decode_step(
+    params: Any, tokens: jax.Array, cache: Any, config: ModelConfig
+) -> tuple[jax.Array, Any]:
+    """As `model.decode_step`, of unstacked parameters and caches."""
+    lengths = cache["lengths"]
+    x: Any = TextTable(config).apply({"params": params["embedding"]["text"]}, tokens[:, None])
+    x, embedding = _layers(params, x, cache, config, "embedding")
+    if config.normalize_embeddings:
+        x = x / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True).astype(x.dtype)
+    x, decoder = _layers(params, x, cache, config, "decoder")
+    norm = RMSNorm(config.decoder.rms_norm_eps)
+    x = norm.apply({"params": params["decoder"]["norm"]}, x)
+    lengths = {name: length + 1 for name, length in lengths.items()}
+    new = {"embedding": embedding, "decoder": decoder, "lengths": lengths}
+    return model.logits(params, x[:, 0]), new
+
+
+def _layers(
+    params: Any, x: jax.Array, cache: Any, config: ModelConfig, name: str
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    own = stacks(config)[name]
+    capacity = cache[name][0]["k"].shape[1]
+    ids = jnp.zeros(x.shape[:2], jnp.int32)
+    _, inputs = model.cached_inputs(ids, own, cache["lengths"][name], capacity)
+    layer = Layer(own, config.attention, keep_cache=True, keep_hidden=False)
+    new = []
+    for weights, kv in zip(params[name]["layers"], cache[name], strict=True):
+        x, out = layer.apply({"params": weights}, x, inputs, kv)
+        new.append(out["cache"])
+    return x, tuple(new)

@@ -1,0 +1,1 @@
+"""The networks: attention, layers, the holistic embedding, the decoder, the teacher."""

@@ -1,0 +1,345 @@
+"""The causal transformer layer that the holistic embedding module and the LLM share.
+
+    x = x + Attention(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))        (InternLM2, spec 1.3)
+
+    B rows   S length   M cache length   E width   H query heads   K kv heads   D head size   F MLP
+
+Parameters are kept in float32 and cast at use. Projections are separate (q, k, v, gate, up): sliced
+fused products cost the TPU compiler copies. Layers are scanned, so a stack compiles once whatever
+its depth and its parameters carry a leading `layers` axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
+
+from hovle_jax.config import LayersConfig
+from hovle_jax.errors import UserError
+from hovle_jax.nn.attention import attend
+from hovle_jax.nn.quantize import dequantize_heads, quantize_heads
+from hovle_jax.sharding import constrain, platform
+
+# What a layer keeps from its forward pass for the backward one; everything else is recomputed.
+_policies = jax.checkpoint_policies
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,  # keep everything
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names("attention_out"),
+    # Every matrix product once, as "none", without what lies between them:
+    "minimal": _policies.save_only_these_names("qkv", "attention_out", "residual", "mlp_in"),
+    "products": _policies.save_only_these_names(
+        "qkv", "attention_out", "residual", "mlp_in", "mlp_hidden"
+    ),
+    "mixed": _policies.save_only_these_names("qkv", "attention_out", "residual"),
+    # As "minimal", with the widest of it in the host's memory meanwhile:
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["qkv", "attention_out", "residual"],
+        names_which_can_be_offloaded=["mlp_in"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Named(meta.AxisMetadata):
+    """A freshly initialised parameter with the names of its axes (`sharding.RULES`).
+
+    Flax's own box (nn.Partitioned) takes the names for mesh axes and applies them at once.
+    """
+
+    value: Any
+    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Named:
+        return Named(val, self.axes)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Named:
+        return Named(self.value, (*self.axes[:index], params["name"], *self.axes[index:]))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Named:
+        return Named(self.value, self.axes[:index] + self.axes[index + 1 :])
+
+
+def named(init: Any, *axes: str) -> Any:
+    """An initialiser that makes `Named` parameters."""
+    return lambda *args: Named(init(*args), axes)
+
+
+def axis_names(boxed: Any) -> Any:
+    """Tree of `Named` -> tree of axis-name tuples."""
+    return jax.tree.map(lambda x: x.axes, boxed, is_leaf=lambda x: isinstance(x, Named))
+
+
+class Linear(nn.Module):
+    """y = x @ kernel (+ bias); `axes` names the kernel's axes, input axes first.
+
+    The input axes are the last of x and contract with the first of the kernel; the kernel is cast
+    to x's dtype. One in int8 comes with its scales (`quantize.py`).
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        num_in = len(self.axes) - len(self.features)
+        shape = x.shape[-num_in:] + self.features
+        init = named(nn.initializers.normal(self.std), *self.axes)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        kernel = kernel.astype(x.dtype)
+        if platform() == "cpu":
+            # As matrices: XLA's CPU backend needs 1.3x the time otherwise, its TPU backend copies.
+            width = math.prod(shape[:num_in])
+            y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+            y = y.reshape(*x.shape[: x.ndim - num_in], *self.features)
+        else:
+            y = jnp.tensordot(x, kernel, num_in)
+        if self.has_variable("params", "kernel_scale"):
+            scale: jax.Array = self.get_variable("params", "kernel_scale")
+            y = (y.astype(jnp.float32) * scale).astype(y.dtype)
+        if self.bias:
+            zeros = named(nn.initializers.zeros, *self.axes[num_in:])
+            y = y + self.param("bias", zeros, self.features, jnp.float32).astype(x.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Normalises in float32, casts back, then multiplies by the weight (spec 1.3)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = named(nn.initializers.ones, "norm")
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope_tables(
+    positions: jax.Array, config: LayersConfig, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, S, D/2], for half-split ("rotate_half") rotary embedding.
+
+    `lengths` int [B, S] is the length of the sequence each token belongs to; only dynamic NTK
+    scaling reads it, and only past `max_positions` (spec 1.4).
+    """
+    half = config.head_dim // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) / half
+    pos = positions.astype(jnp.float32)[..., None]
+    if config.rope_scaling == "linear":
+        pos = pos / config.rope_factor
+    base = jnp.asarray(config.rope_theta, jnp.float32)
+    if config.rope_scaling == "dynamic" and lengths is not None:
+        factor, d = config.rope_factor, config.head_dim
+        ratio = factor * lengths.astype(jnp.float32) / config.max_positions - (factor - 1)
+        scaled = base * jnp.maximum(ratio, 1.0) ** (d / (d - 2))
+        base = jnp.where(lengths > config.max_positions, scaled, base)[..., None]
+    angle = pos / base**exponent
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+@jax.custom_vjp
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates [B, S, heads, D] in float32: the first half of D with the second.
+
+    The halves change places in a product with a signed permutation, which is exact: slicing a head
+    in two and joining it again costs the TPU several passes over memory, the product none.
+    """
+    half = x.shape[-1] // 2
+    eye = np.eye(half, dtype=np.float32)
+    zero = np.zeros_like(eye)
+    turn = jnp.asarray(np.block([[zero, eye], [-eye, zero]]), x.dtype)
+    turned = jnp.matmul(x, turn, precision="highest", preferred_element_type=jnp.float32)
+    cos, sin = (jnp.concatenate([t, t], axis=-1)[:, :, None] for t in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+# The gradient of a rotation is the rotation back; derived, it would multiply in float32.
+apply_rope.defvjp(
+    lambda x, cos, sin: (apply_rope(x, cos, sin), (cos, sin)),
+    lambda saved, d: (apply_rope(d, saved[0], -saved[1]), None, None),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What every layer of a stack needs beside its input; the same for all of them."""
+
+    cos: jax.Array  # [B, S, D/2]
+    sin: jax.Array
+    mask: jax.Array  # attention.visible; bool [B, S, M] with a cache
+    starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
+
+
+# {"k": [L, B, M, K, D], "v": same}; in int8 with "k_scale" [L, B, M, K], "v_scale"
+Cache = dict[str, jax.Array]
+
+
+def output_std(config: LayersConfig) -> float:
+    """Residual outputs start smaller the deeper the stack: near-identity layers (spec 4.7)."""
+    return config.initializer_range / math.sqrt(2 * config.num_layers)
+
+
+class Attention(nn.Module):
+    config: LayersConfig
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
+    ) -> tuple[jax.Array, Cache]:
+        """Returns the output and this layer's keys and values (the cache, extended)."""
+        c = self.config
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            size = (heads, c.head_dim)
+            y = Linear(
+                size, ("embed", axis, "head_dim"), c.initializer_range, c.qkv_bias, name=name
+            )(x)
+            return constrain(y, "batch", "length", axis, "head_dim")
+
+        q = apply_rope(project("q", c.num_heads, "heads"), inputs.cos, inputs.sin)
+        k = apply_rope(project("k", c.num_kv_heads, "kv_heads"), inputs.cos, inputs.sin)
+        v = project("v", c.num_kv_heads, "kv_heads")
+        kv = {"k": k, "v": v}
+        if cache is not None:
+            assert inputs.starts is not None
+            new = quantize_heads(kv) if "k_scale" in cache else kv
+            kv = {name: _write(cache[name], x, inputs.starts) for name, x in new.items()}
+        how = self.implementation if cache is None else "xla"
+        k, v = (dequantize_heads(kv, name, q.dtype) for name in ("k", "v"))
+        y = attend(q, k, v, inputs.mask, how)
+        o = Linear(
+            (c.hidden_size,),
+            ("heads", "head_dim", "embed"),
+            output_std(c),
+            bias=c.out_bias,
+            name="o",
+        )
+        return o(y), kv
+
+
+def _write(cache: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
+    """Puts [B, S, ...] into slots starts[b].. of [B, M, ...]."""
+    update = jax.lax.dynamic_update_slice_in_dim
+    return jax.vmap(lambda c, n, s: update(c, n.astype(c.dtype), s, axis=0))(cache, new, starts)
+
+
+@jax.custom_vjp
+def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, with a gradient the TPU computes where that of the result is made.
+
+    The barrier keeps the two gradients together; else the compiler makes them from the gradient of
+    the result in passes of their own, one of them once per product that reads it.
+    """
+    return jax.nn.silu(gate) * up
+
+
+def _silu_times_forward(gate: jax.Array, up: jax.Array) -> Any:
+    return silu_times(gate, up), (gate, up)
+
+
+def _silu_times_backward(saved: Any, d: jax.Array) -> Any:
+    gate, up, wide = (x.astype(jnp.float32) for x in (*saved, d))
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    gradients = dgate.astype(d.dtype), (wide * gate * sigmoid).astype(d.dtype)
+    return jax.lax.optimization_barrier(gradients)
+
+
+silu_times.defvjp(_silu_times_forward, _silu_times_backward)
+
+
+class SwiGLU(nn.Module):
+    config: LayersConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def project(name: str) -> jax.Array:
+            y = Linear((c.intermediate_size,), ("embed", "mlp"), c.initializer_range, name=name)(x)
+            return checkpoint_name(constrain(y, "batch", "length", "mlp"), "mlp_in")
+
+        h = checkpoint_name(silu_times(project("gate"), project("up")), "mlp_hidden")
+        return Linear((c.hidden_size,), ("mlp", "embed"), output_std(c), name="down")(h)
+
+
+class Layer(nn.Module):
+    """One causal layer, in the form `nn.scan` wants: (carry, inputs, cache) -> (carry, outputs)."""
+
+    config: LayersConfig
+    implementation: str
+    keep_cache: bool
+    keep_hidden: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        c = self.config
+        y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+        y, kv = Attention(c, self.implementation, name="attention")(y, inputs, cache)
+        x = checkpoint_name(x + y, "residual")
+        y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
+        x = x + SwiGLU(c, name="mlp")(y)
+        x = constrain(x, "batch", "length", "act_embed")
+        out: dict[str, Any] = {}
+        if self.keep_cache:
+            out["cache"] = kv
+        if self.keep_hidden:
+            out["hidden"] = x
+        return x, out
+
+
+def layer_stack(
+    config: LayersConfig,
+    implementation: str,
+    remat: str,
+    *,
+    keep_cache: bool = False,
+    keep_hidden: bool = False,
+    cached: bool = False,
+) -> Any:
+    """A module of `num_layers` layers in one scan; parameters gain a leading `layers` axis.
+
+    Called as (x [B, S, E], inputs, cache or None) it returns (output [B, S, E], extras), extras
+    being {"cache": Cache, "hidden": [L, B, S, E]} as asked for. `cached` says that a cache will be
+    given. There is no norm after the last layer; the LLM has its own.
+    """
+    layer: Any = Layer
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"model.remat: {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+    if remat != "none":
+        # Inside a scan XLA cannot merge the recomputation with the original anyway.
+        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0 if cached else nn.broadcast),
+        length=config.num_layers,
+        metadata_params={"name": "layers"},
+    )
+    return scanned(config, implementation, keep_cache, keep_hidden)
