@@ -349,13 +349,13 @@ def test_a_benchmark_from_file_to_table(release, tmp_path, capsys, one_line_erro
 
 def test_tiles_follow_the_task(release, tmp_path):
     """A wide picture: MME cuts it into six tiles, DocVQA into more, two pictures share 64."""
-    from hovle_jax.eval.run import TaskTiler
-    from hovle_jax.generation.chat import Assistant
+    from hovle_jax.generation.chat import Assistant, PerImageTiler
 
     assistant = Assistant.load(release)
+    config, own = assistant.config, assistant.tiler
     for task, images, most in (("mme", 1, 6), ("docvqa", 1, 18), ("mmmu", 2, 12), ("mmmu", 7, 9)):
-        assert TaskTiler(assistant, TASKS[task].max_tiles).limits(images)[1] == most
-    assert TaskTiler(assistant, 1).settings[3] == assistant.tiler.thumbnail
+        assert PerImageTiler(config, own, TASKS[task].max_tiles).limits(images)[1] == most
+    assert PerImageTiler(config, own, 1).settings[3] == own.thumbnail
 
 
 def test_failed_rows_count_as_wrong_and_are_counted(release, tmp_path, capsys):

@@ -103,6 +103,50 @@ def test_images_and_history(client, assistant, release):
     assert text_of(history) != text_of(ask(client, messages=[system, more]))
 
 
+def test_tiles_of_an_image_as_asked(client, assistant, release):
+    """Twice as high as wide: two tiles and a thumbnail unless a request says less."""
+
+    def tokens(*asked: dict) -> int:
+        parts = [picture(release) for _ in asked]
+        for part, fields in zip(parts, asked, strict=True):
+            part["image_url"] |= fields
+        return ask(client, content=[*parts, words("what")])["usage"]["prompt_tokens"]
+
+    tile = assistant.config.tokens_per_tile
+    whole = tokens({})
+    assert tokens({"detail": "low"}) == tokens({"max_dynamic_patch": 1}) == whole - 2 * tile
+    assert tokens({"detail": "high"}) == tokens({"max_dynamic_patch": 2}) == whole
+    # A limit of its own for each image, where the model's would be shared.
+    assert tokens(*[{"max_dynamic_patch": 2}] * 3) >= 9 * tile
+    for fields, message in (
+        ({"detail": "best"}, "detail must be auto, high or low"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch must be 1 to 14, not 0"),
+        ({"size": 3}, "image_url has an unknown field 'size'"),
+    ):
+        part = picture(release)
+        part["image_url"] |= fields
+        response = client.post("/v1/chat/completions", json=body([part, words("q")]))
+        assert response.status_code == 400 and message in response.json()["error"]["message"]
+    both = [picture(release), picture(release)]
+    both[0]["image_url"]["detail"] = "low"
+    response = client.post("/v1/chat/completions", json=body([*both, words("q")]))
+    assert "must have the same limit of tiles" in response.json()["error"]["message"]
+
+
+def test_images_first(assistant, release):
+    image = picture(release)
+    limits = dataclasses.replace(LIMITS, images_first=True)
+    with open_client(assistant, limits) as client:
+        after, before = (
+            ask(client, content=content)
+            for content in ([words("what"), image], [image, words("what")])
+        )
+    with open_client(assistant) as client:
+        as_sent = ask(client, content=[words("what"), image])
+    assert text_of(after) == text_of(before) and after["usage"] == before["usage"]
+    assert text_of(as_sent) != text_of(before)
+
+
 def test_stream_equals_whole(client, release):
     for changes in (
         {},

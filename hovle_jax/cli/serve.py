@@ -63,6 +63,11 @@ def add_commands(commands: Any) -> None:
     serve.add_argument("--max-pixels", type=int, default=50_000_000, help="of an image")
     serve.add_argument("--max-tiles", type=int, default=64, help="of a request")
     serve.add_argument("--max-new-tokens", type=int, default=4096)
+    serve.add_argument(
+        "--images-first",
+        action="store_true",
+        help="images of a message go before its text, wherever the client put them",
+    )
 
     for command in (chat, generate):
         command.add_argument("--max-new-tokens", type=int, default=64)
@@ -194,6 +199,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
         new_tokens=args.max_new_tokens,
         queue=args.queue,
         seconds=args.timeout,
+        images_first=args.images_first,
     )
     assistant = _load(args)
     engine = assistant.engine(

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Turn
 from hovle_jax.errors import UserError
-from hovle_jax.eval.run import TaskTiler
 from hovle_jax.generation.batch import AHEAD
-from hovle_jax.generation.chat import Assistant, Question
+from hovle_jax.generation.chat import Assistant, PerImageTiler, Question
 
 Image = str | bytes  # a path, or encoded
 MAX_TILES = 6  # VLMEvalKit's for everything that has no limit of its own
@@ -27,7 +26,8 @@ class Answerer:
 
     def set_tiles(self, max_tiles: int) -> None:
         """The tile limit of an image, for the questions to come."""
-        self._assistant.tiler = TaskTiler(self._assistant, max_tiles)
+        one = self._assistant
+        one.tiler = PerImageTiler(one.config, one.tiler, max_tiles)
 
     def answers(self, questions: Iterable[tuple[str, Sequence[Image], int]]) -> list[str]:
         """Answers to (text with a placeholder for each image, images, most new tokens)."""

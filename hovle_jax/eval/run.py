@@ -23,8 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from hovle_jax.config import DataConfig
-from hovle_jax.data.samples import Tiler
 from hovle_jax.errors import UserError
 from hovle_jax.eval.examples import Example, ImageStore
 from hovle_jax.eval.jsonl import read_answers, read_jsonl
@@ -35,9 +33,8 @@ from hovle_jax.eval.tally import Scored
 from hovle_jax.eval.tasks import TASKS, Task
 from hovle_jax.eval.tsv import read_tsv
 from hovle_jax.generation.batch import Settings, answer_file
-from hovle_jax.generation.chat import Assistant
+from hovle_jax.generation.chat import Assistant, PerImageTiler
 
-TOTAL_TILES = 64  # of several images together, as in VLMEvalKit
 TEXT_TOKENS = 1024  # left for question and template in the default context
 
 
@@ -61,20 +58,6 @@ class Run:
     @property
     def directory(self) -> Path:
         return Path(self.out) / self.task / self.dialect
-
-
-class TaskTiler(Tiler):
-    """The task's limit holds for each image; several share `TOTAL_TILES`. (In training they share
-    the limit of one.)"""
-
-    def __init__(self, assistant: Assistant, max_tiles: int):
-        own = assistant.tiler
-        data = DataConfig(min_tiles=own.min_tiles, thumbnail=own.thumbnail)
-        super().__init__(assistant.config, data, max_tiles)
-
-    def limits(self, images: int) -> tuple[int, int]:
-        most = max(1, min(self.max_tiles, TOTAL_TILES // max(images, 1)))
-        return min(self.min_tiles, most), most
 
 
 def read_examples(run: Run, store: ImageStore) -> tuple[list[Example], int]:
@@ -132,7 +115,7 @@ def answer(
     """
     questions = write_questions(run, examples)
     assistant = Assistant.load(model)
-    assistant.tiler = TaskTiler(assistant, run.definition.max_tiles)
+    assistant.tiler = PerImageTiler(assistant.config, assistant.tiler, run.definition.max_tiles)
     _same_settings(run, model, assistant)
     counts = {len(example.images) for example in examples}
     thumbnail = int(assistant.tiler.thumbnail)

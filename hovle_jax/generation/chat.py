@@ -22,6 +22,7 @@ from hovle_jax.generation.sampling import Sampling
 from hovle_jax.generation.text_stream import TextStream
 
 GREEDY = Sampling()
+TOTAL_TILES = 64  # of all images of a question, where each has a limit of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,20 @@ class Question:
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...] = ()
     where: str = "the question"  # opens error messages
+    max_tiles: int | None = None  # of each image; None: the model's limit, which several share
+
+
+class PerImageTiler(Tiler):
+    """`max_tiles` holds for each image; several share `TOTAL_TILES`. (In training they share the
+    limit of one.)"""
+
+    def __init__(self, config: ModelConfig, own: Tiler, max_tiles: int):
+        data = DataConfig(min_tiles=own.min_tiles, thumbnail=own.thumbnail)
+        super().__init__(config, data, max_tiles)
+
+    def limits(self, images: int) -> tuple[int, int]:
+        most = max(1, min(self.max_tiles, TOTAL_TILES // max(images, 1)))
+        return min(self.min_tiles, most), most
 
 
 class Assistant:
@@ -75,6 +90,11 @@ class Assistant:
     def stop_ids(self) -> tuple[int, ...]:
         return self.config.im_end_id, self.config.eos_id
 
+    def tiler_of(self, question: Question) -> Tiler:
+        if question.max_tiles is None:
+            return self.tiler
+        return PerImageTiler(self.config, self.tiler, question.max_tiles)
+
     @property
     def max_tiles(self) -> int:
         """Tiles of any one image, and of a few: several share the budget, thumbnails come extra."""
@@ -99,7 +119,7 @@ class Assistant:
     def request(self, question: Question, *, max_new: int, sampling: Sampling = GREEDY) -> Request:
         """Images to tiles and text to ids; UserError names what cannot be read."""
         record = Record(question.turns, question.images, question.where)
-        images = self.tiler.tiles(record)
+        images = self.tiler_of(question).tiles(record)
         try:
             prompt = encode_prompt(
                 question.turns,

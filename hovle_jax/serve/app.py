@@ -199,10 +199,10 @@ class _Server:
 
     def _prepare(self, ask: Ask) -> list[Request]:
         """Pixels to tiles and text to ids, one request per choice."""
-        question, tiler = ask.question, self._assistant.tiler
+        question = ask.question
         try:
             record = Record(question.turns, question.images, question.where)
-            tiles = sum(tiler.counts(record))
+            tiles = sum(self._assistant.tiler_of(question).counts(record))
             if tiles > self._limits.tiles:
                 raise UserError(f"{tiles} image tiles are more than {self._limits.tiles}")
             first = self._assistant.request(question, max_new=1)

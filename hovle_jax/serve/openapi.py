@@ -139,7 +139,7 @@ def _request(name: str, limits: Limits) -> Schema:
     stops = {"type": "array", "items": stop, "maxItems": MAX_STOPS}
     properties: Schema = {
         "model": {"const": name},
-        "messages": {"type": "array", "minItems": 1, "items": _message()},
+        "messages": {"type": "array", "minItems": 1, "items": _message(limits)},
         "max_tokens": new,
         "max_completion_tokens": new,
         "n": _number("integer", 1, limits.choices),
@@ -163,10 +163,13 @@ def _request(name: str, limits: Limits) -> Schema:
     return _object(properties, ("model", "messages"))
 
 
-def _message() -> Schema:
+def _message(limits: Limits) -> Schema:
     text = _object({"type": {"const": "text"}, "text": _STRING})
     url = {"type": "string", "pattern": "^data:image/[a-z]+;base64,"}
-    where = {"anyOf": [url, {"type": "object", "properties": {"url": url}, "required": ["url"]}]}
+    detail = {"enum": ["auto", "high", "low", None], "description": "low: one tile"}
+    tiles = _number("integer", 1, limits.tiles, description="most tiles of each image")
+    fields = {"url": url, "detail": detail, "max_dynamic_patch": tiles}
+    where = {"anyOf": [url, _object(fields, ("url",))]}
     image = _object({"type": {"const": "image_url"}, "image_url": where})
     parts = {"type": "array", "minItems": 1, "items": {"anyOf": [text, image]}}
     texts = {"type": "array", "minItems": 1, "items": text}

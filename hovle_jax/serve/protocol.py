@@ -37,7 +37,7 @@ DEFAULT = Sampling(temperature=1.0)  # as OpenAI
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many may wait."""
+    """What one request may ask for, how many may wait, and how a message is read."""
 
     body_bytes: int = 32 * 2**20
     image_pixels: int = 50_000_000
@@ -47,6 +47,7 @@ class Limits:
     choices: int = 8
     queue: int = 64  # choices waiting or running
     seconds: float = 600.0
+    images_first: bool = False  # images of a message go before its text, wherever they stood
 
 
 class Refused(Exception):
@@ -151,6 +152,7 @@ def _question(messages: Any, limits: Limits) -> Question:
     addresses for its clients would lend them its files and its network."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message")
+    most: set[int | None] = set()
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:
@@ -158,13 +160,18 @@ def _question(messages: Any, limits: Limits) -> Question:
                 raise UserError("messages: a content part must be of type text or image_url")
             if part["type"] == "image_url":
                 url = part.get("image_url")
-                url = url.get("url") if isinstance(url, dict) else url
+                fields = url if isinstance(url, dict) else {}
+                url = fields.get("url") if fields else url
                 if not isinstance(url, str) or url[:5].lower() != "data:":
                     raise UserError(
                         "messages: image_url must be a 'data:image/...;base64,...' URI; addresses "
                         "are not fetched"
                     )
-    question = question_of({"messages": _plain(messages)}, "messages")
+                most.add(_max_tiles(fields, limits))
+    if len(most) > 1:
+        raise UserError("messages: images of one request must have the same limit of tiles")
+    question = question_of({"messages": _plain(messages, limits.images_first)}, "messages")
+    question = dataclasses.replace(question, max_tiles=most.pop() if most else None)
     if len(question.images) > limits.images:
         raise UserError(f"{len(question.images)} images are more than {limits.images}")
     for i, image in enumerate(question.images):
@@ -176,10 +183,29 @@ def _question(messages: Any, limits: Limits) -> Question:
     return question
 
 
-def _plain(messages: list[Any]) -> list[Any]:
+def _max_tiles(image_url: Mapping[str, Any], limits: Limits) -> int | None:
+    """Of OpenAI's `detail` and LMDeploy's `max_dynamic_patch`; None: the model's own."""
+    unknown = sorted(image_url.keys() - {"url", "detail", "max_dynamic_patch"})
+    if unknown:
+        raise UserError(f"messages: image_url has an unknown field {unknown[0][:80]!r}")
+    detail = image_url.get("detail")
+    if detail not in (None, "auto", "high", "low"):
+        raise UserError("messages: detail must be auto, high or low")
+    most = _between(image_url, "max_dynamic_patch", 1, limits.tiles)
+    return 1 if detail == "low" else most
+
+
+def _plain(messages: list[Any], images_first: bool) -> list[Any]:
     """Messages by the keys that mean something here; some clients send a name or a refusal."""
-    keys = ("role", "content")
-    return [{k: m[k] for k in keys if k in m} if isinstance(m, dict) else m for m in messages]
+    found = []
+    for message in messages:
+        if isinstance(message, dict):
+            message = {k: message[k] for k in ("role", "content") if k in message}
+            if images_first and isinstance(message.get("content"), list):
+                parts = message["content"]
+                message["content"] = sorted(parts, key=lambda part: part["type"] == "text")
+        found.append(message)
+    return found
 
 
 # Answers
