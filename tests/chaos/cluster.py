@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -177,10 +178,15 @@ def saved(workdir: Path) -> list[int]:
     return finished_steps(epath.Path(workdir) / "checkpoints")
 
 
-def unfinished(workdir: Path) -> list[int]:
-    """Steps whose checkpoint is being written, or was when a process was killed."""
-    found = (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
-    return [int(path.name.partition(".")[0]) for path in found]
+def unfinished(workdir: Path, since: float = 0.0) -> list[int]:
+    """Steps whose checkpoint is being written, or was when a process was killed; `since`: leaves
+    out what has lain there untouched from before that time."""
+    found = []
+    for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            if path.stat().st_mtime >= since:
+                found.append(int(path.name.partition(".")[0]))
+    return found
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:

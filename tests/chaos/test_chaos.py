@@ -41,8 +41,8 @@ def wait_for(phase: str, launch: Launch, first: int, rng) -> None:
     elif phase == "restore" and first:
         launch.until(lambda: "going on from step" in launch.text(0))
     elif phase == "save":
-        after = first + rng.randrange(1, EVERY)
-        launch.until(lambda: any(step > after for step in unfinished(workdir)))
+        after, start = first + rng.randrange(1, EVERY), time.time()
+        launch.until(lambda: any(step > after for step in unfinished(workdir, start)))
     else:
         goal = first + rng.randrange(1, 2 * EVERY)
         # Once the run has begun, and has dropped the rows of steps that were lost.
