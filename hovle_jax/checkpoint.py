@@ -46,6 +46,7 @@ from hovle_jax.run import digests
 from hovle_jax.streaming import open_arrays, read_array
 from hovle_jax.tree import flatten, unflatten
 
+REWINDS = "rewinds.jsonl"  # beside the checkpoints
 CONFIG = "config.json"
 UNUSED = "unused.safetensors"  # released tensors that nothing reads (hf.importer)
 _KINDS: dict[str, Any] = {"model": ModelConfig, "teacher": TeacherConfig, "run": RunConfig}
@@ -337,7 +338,27 @@ def cursor_before(workdir: str | Path, step: int) -> tuple[int, Cursor]:
     """(steps done, data cursor) of the newest checkpoint before `step`; (0, START) without one."""
     root = run_storage(workdir) / "checkpoints"
     found = [s for s in finished_steps(root) if s < step]
-    return (max(found), read_meta(root / str(max(found)))["cursor"]) if found else (0, START)
+    return (max(found), cursor_after(root / str(max(found)))) if found else (0, START)
+
+
+def cursor_after(checkpoint: epath.Path) -> Cursor:
+    """Where the data goes on after a checkpoint: its own cursor, or that of the last rewind to it,
+    which left batches out."""
+    own: Cursor = read_meta(checkpoint)["cursor"]
+    # A checkpoint of the same step that came about in another way is not the one that was meant.
+    rewound = [
+        row["cursor"]
+        for row in read_rewinds(checkpoint.parent.parent)
+        if row["to"] == int(checkpoint.name) and row["instead_of"] == own
+    ]
+    return rewound[-1] if rewound else own
+
+
+def read_rewinds(storage: epath.Path) -> list[dict[str, Any]]:
+    """How often a run went back after a spike: {"step" that spiked, "reason", "to" which
+    checkpoint, "cursor" of the data from there on, "instead_of" the checkpoint's own}."""
+    path = storage / REWINDS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:

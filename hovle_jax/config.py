@@ -318,12 +318,15 @@ class GuardConfig:
     # last `spike_window` losses; 0 = never.
     spike: float = 10.0
     spike_window: int = 128
+    # After a spike: back to the last checkpoint, on with the batches that come now; at most so
+    # often in a run. 0 = only warn
+    rewind: int = 0
     every: int = 0  # steps between checks of the parameters' digests; 0 = with every checkpoint
     # Seconds without a finished step after which stacks are dumped and the process ends; 0 = never
     step_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        for name in ("max_nonfinite", "spike", "every", "step_timeout"):
+        for name in ("max_nonfinite", "spike", "rewind", "every", "step_timeout"):
             if getattr(self, name) < 0:
                 raise UserError(f"guards.{name} must not be negative")
         if self.spike_window < 2:
@@ -342,6 +345,7 @@ class RunConfig:
     save_every: int = 500  # 0 = only at the end
     keep: int = 2  # newest checkpoints kept
     keep_every: int = 0  # every checkpoint of a multiple of so many steps is kept, too; 0 = none
+    keep_best: int = 0  # those with the lowest held-out loss, too (eval_every divides save_every)
     storage: str = ""  # checkpoints and frozen parameters lie here, or gs://; '' = work directory
     eval_every: int = 0  # steps between passes over the held-out records (data.holdout); 0 = none
     tensorboard: bool = False  # metrics also go to WORKDIR/tensorboard
@@ -359,6 +363,8 @@ class RunConfig:
             raise UserError("seed must not be negative")
         if self.eval_every and not self.data.holdout:
             raise UserError("eval_every: needs data.holdout, else no records are held out")
+        if self.keep_best and not (self.eval_every and self.save_every % self.eval_every == 0):
+            raise UserError("keep_best: needs an eval_every that divides save_every")
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A mutable copy for configs/*.py and command-line overrides."""

@@ -74,7 +74,6 @@ def train(
         reporter.ready()
 
         def save() -> None:
-            reporter.flush()  # a saved step is never missing from the metrics
             with clock.phase("checkpoint"):
                 parameters.check(int(state.step), state.params)  # nor are broken weights saved
                 checkpoints.save(state, cursor)
@@ -84,7 +83,9 @@ def train(
             Profile(profile, run.workdir) as profiler,
             Watchdog(watched.step_timeout, run.workdir, reporter.doing) as watchdog,
         ):
-            for step in range(done + 1, config.steps + 1):
+            step = done
+            while step < config.steps:
+                step += 1
                 watchdog.beat()
                 with clock.phase("data"):
                     begin = time.monotonic()
@@ -106,11 +107,23 @@ def train(
                 state, metrics = step_fn(state, frozen, run.teacher, arrays)
                 reporter.dispatched(step, metrics, cursor, waited)
                 cursor = following
-                if _due(step, config.eval_every):
+                evaluate = _due(step, config.eval_every)
+                keep = _due(step, config.save_every) or step == config.steps
+                if evaluate or keep:  # a saved step is never missing from the metrics
                     reporter.flush()
+                if reporter.spike and watched.rewind:
+                    with clock.phase("checkpoint"):
+                        back = run.rewind(*reporter.spike, cursor)
+                    reporter.spike = None if back is None else reporter.spike
+                    if back is not None:
+                        state, step = back, int(back.step)
+                        parameters.check(step, state.params)
+                        reporter.rewound(step)
+                        continue
+                if evaluate:
                     with clock.phase("evaluation"):
                         reporter.evaluated(held_out.losses(step, state.params, watchdog.beat))
-                if _due(step, config.save_every) or step == config.steps:
+                if keep:
                     save()
                 elif _due(step, watched.every):
                     parameters.check(step, state.params)

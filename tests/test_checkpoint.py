@@ -74,6 +74,30 @@ def test_the_policy():
     assert sorted(kept(steps, 2, 0)) == [90, 100]
     assert kept(steps, 1, 40) == {40: "every 40", 80: "every 40", 100: "last 1"}
     assert list(kept([7], 0, 0)) == [7], "the newest always stays"
+    losses = {20: 0.5, 30: 0.4, 35: 0.1, 50: 0.4}  # 35 has no checkpoint; of equals the later
+    assert kept(steps, 1, 0, 1, losses) == {50: "best 1 (0.4000)", 100: "last 1"}
+    assert sorted(kept(steps, 1, 0, 2, losses)) == [30, 50, 100]
+
+
+def test_the_best_stays(world, tmp_path):
+    """It is the first: the run unlearns."""
+    changes = {"keep": 1, "data__holdout": 4, "eval_every": 2, "keep_best": 1, "optim__lr": 1.0}
+    config = config_of(world, steps=8, **changes)
+    train(config, tmp_path, devices=jax.devices()[:1], quiet=True)
+    rows = read_metrics(tmp_path / "eval.jsonl")
+    best = min(rows, key=lambda row: (row["loss"], -row["step"]))
+    assert best["step"] != 8 and cluster.saved(tmp_path) == [best["step"], 8]
+    found = {row.name: row.kept for row in checkpoint_tools.rows(str(tmp_path))}
+    assert found == {str(best["step"]): f"best 1 ({best['loss']:.4f})", "8": "last 1"}
+    assert checkpoint_tools.prune(str(tmp_path), 1, keep_best=1) == []
+    (gone,) = checkpoint_tools.prune(str(tmp_path), 1)
+    assert gone.endswith(f"/{best['step']}") and cluster.saved(tmp_path) == [8]
+
+
+def test_keep_best_needs_losses_of_its_checkpoints(world):
+    for changes in ({}, {"eval_every": 4}):
+        with pytest.raises(UserError, match="keep_best: needs an eval_every that divides"):
+            config_of(world, steps=8, save_every=6, data__holdout=4, **changes, keep_best=1)
 
 
 def test_old_checkpoints_go_and_every_kth_stays(world, tmp_path):

@@ -47,6 +47,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("workdir", metavar="WORKDIR")
     prune.add_argument("--keep", type=int, required=True, help="so many of the newest stay")
     prune.add_argument("--keep-every", type=int, default=0, help="and multiples of so many steps")
+    prune.add_argument(
+        "--keep-best", type=int, default=0, help="and those with so many lowest held-out losses"
+    )
     prune.add_argument("--damaged", action="store_true", help="also what a run has put aside")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
 
@@ -89,7 +92,12 @@ def _prune(args: argparse.Namespace) -> int:
     from hovle_jax.run import checkpoint_tools
 
     gone = checkpoint_tools.prune(
-        args.workdir, args.keep, args.keep_every, damaged=args.damaged, dry_run=args.dry_run
+        args.workdir,
+        args.keep,
+        args.keep_every,
+        args.keep_best,
+        damaged=args.damaged,
+        dry_run=args.dry_run,
     )
     print(*(f"{'would delete' if args.dry_run else 'deleted'} {path}" for path in gone), sep="\n")
     return 0

@@ -22,7 +22,7 @@ from hovle_jax.checkpoint import (
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.run import digests
-from hovle_jax.run.checkpoints import DAMAGED, delete, kept
+from hovle_jax.run.checkpoints import DAMAGED, delete, held_out_losses, kept
 from hovle_jax.streaming import read_array
 
 Arrays = dict[str, tuple[epath.Path, str, Any]]  # {shown name: (tree, name in it, TensorStore)}
@@ -44,7 +44,8 @@ def rows(workdir: str) -> list[Row]:
     """Every checkpoint of a run, oldest first, then what is unfinished or was put aside."""
     config, root = _run(workdir)
     steps = finished_steps(root)
-    reasons = kept(steps, config.keep, config.keep_every)
+    losses = held_out_losses(workdir)
+    reasons = kept(steps, config.keep, config.keep_every, config.keep_best, losses)
     out = [
         _row(root / str(step), config, reasons.get(step, "until the next save")) for step in steps
     ]
@@ -164,9 +165,16 @@ def _optimizer(checkpoint: epath.Path) -> tuple[epath.Path, str, dict[str, Any]]
 
 
 def prune(
-    workdir: str, keep: int, keep_every: int = 0, *, damaged: bool = False, dry_run: bool = False
+    workdir: str,
+    keep: int,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    *,
+    damaged: bool = False,
+    dry_run: bool = False,
 ) -> list[str]:
-    """Deletes all but the last `keep` checkpoints and every `keep_every`-th step; names them.
+    """Deletes all but the last `keep` checkpoints, every `keep_every`-th step and those with the
+    `keep_best` lowest held-out losses; names them.
 
     damaged: also what a run has put aside. The newest one always stays.
     """
@@ -174,7 +182,8 @@ def prune(
         raise UserError(f"--keep {keep}: at least the newest checkpoint stays")
     _, root = _run(workdir)
     steps = finished_steps(root)
-    doomed = [step for step in steps if step not in kept(steps, keep, keep_every)]
+    stay = kept(steps, keep, keep_every, keep_best, held_out_losses(workdir))
+    doomed = [step for step in steps if step not in stay]
     aside = sorted((root / DAMAGED).iterdir()) if damaged and (root / DAMAGED).is_dir() else []
     if not dry_run:
         for step in doomed:

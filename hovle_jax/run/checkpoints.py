@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hovle_jax.checkpoint import finished_steps, storage_of
+from hovle_jax.checkpoint import (
+    REWINDS,
+    cursor_after,
+    finished_steps,
+    read_meta,
+    read_rewinds,
+    storage_of,
+)
 from hovle_jax.config import RunConfig
 from hovle_jax.data.pipeline import Cursor
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.run import digests
 from hovle_jax.run.hosts import DataBarrier
+from hovle_jax.run.metrics import read_metrics
 from hovle_jax.train_step import TrainState
 
 _FAILED = "saving step"  # how the reason of a failed save begins
@@ -34,12 +44,27 @@ _TIMEOUT = 1200  # seconds for all hosts to have written
 DAMAGED = "damaged"  # where damaged checkpoints are put aside
 
 
-def kept(steps: list[int], keep: int, keep_every: int) -> dict[int, str]:
-    """{step: why it is kept} of those of `steps` that the policy keeps."""
-    reasons = {
+def kept(
+    steps: list[int],
+    keep: int,
+    keep_every: int,
+    keep_best: int = 0,
+    losses: Mapping[int, float] | None = None,
+) -> dict[int, str]:
+    """{step: why it is kept} of those of `steps` that the policy keeps; `losses`: held-out ones."""
+    known = {step: loss for step, loss in (losses or {}).items() if step in steps}
+    best = sorted(known, key=lambda step: (known[step], -step))[:keep_best]
+    reasons = {step: f"best {keep_best} ({known[step]:.4f})" for step in best}
+    reasons |= {
         step: f"every {keep_every}" for step in steps if keep_every and not step % keep_every
     }
     return reasons | {step: f"last {keep}" for step in sorted(steps)[-max(keep, 1) :]}
+
+
+def held_out_losses(workdir: str | Path) -> dict[int, float]:
+    """{step: loss} of a run's evaluations; without those that are not finite."""
+    rows = read_metrics(Path(workdir) / "eval.jsonl")
+    return {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}
 
 
 def delete(root: epath.Path, step: int) -> None:
@@ -60,7 +85,8 @@ class Checkpoints:
         """
         self._storage = storage_of(workdir, config)
         self._root = self._storage / "checkpoints"
-        self._keep, self._keep_every = config.keep, config.keep_every
+        self._policy = config.keep, config.keep_every, config.keep_best
+        self._workdir = workdir
         self._barrier = barrier
         self._leads = jax.process_index() == 0
         self._handler = _Handler(barrier)
@@ -130,13 +156,12 @@ class Checkpoints:
         items = {
             "params": ocp.args.StandardRestore(shapes.params),
             "optimizer": ocp.args.StandardRestore(shapes.opt_state),
-            "meta": ocp.args.JsonRestore(),
         }
         try:
             restored = self._checkpointer.restore(where, args=ocp.args.Composite(**items))
         except Exception as error:
             raise UserError(f"{where}: cannot be restored ({one_line(error)[:300]})") from error
-        meta = restored["meta"]
+        meta = read_meta(where)
 
         def counter(value: int, like: Any) -> jax.Array:
             return jax.device_put(np.int32(value), like.sharding)
@@ -147,7 +172,27 @@ class Checkpoints:
             restored["params"],
             restored["optimizer"],
         )
-        return state, meta["cursor"]
+        return state, cursor_after(where)
+
+    def rewind(
+        self, step: int, reason: str, cursor: Cursor, shapes: TrainState, most: int
+    ) -> TrainState | None:
+        """Back to the newest checkpoint because of what is wrong with `step`; the data goes on from
+        `cursor`, also when the run is started again. None: there is no checkpoint, or the run has
+        gone back `most` times."""
+        self._finish()
+        if not self._begun or len(read_rewinds(self._storage)) >= most:
+            return None
+        self._barrier.gather("")  # all have counted
+        where = self._root / str(self._begun)
+        with self._barrier.together():
+            if self._leads:
+                row = {"step": step, "reason": reason, "to": self._begun, "cursor": cursor}
+                row["instead_of"] = read_meta(where)["cursor"]
+                path = self._storage / REWINDS
+                lines = path.read_text() if path.exists() else ""
+                path.write_text(f"{lines}{json.dumps(row)}\n")
+        return self.restore(self._begun, shapes)[0]
 
     def close(self) -> None:
         """Waits for the last save and raises its error, if it had one."""
@@ -163,7 +208,9 @@ class Checkpoints:
             raise UserError(self._failure)
         if self._leads:
             steps = finished_steps(self._root)
-            for step in set(steps) - kept(steps, self._keep, self._keep_every).keys():
+            for step in (
+                set(steps) - kept(steps, *self._policy, held_out_losses(self._workdir)).keys()
+            ):
                 delete(self._root, step)
 
     def _failed(self, error: Exception) -> str:

@@ -81,12 +81,20 @@ class Run:
 
     def restore(self, step: int) -> tuple[TrainState, Params, Cursor]:
         _, frozen_shapes = stage_shapes(self.config)
-        where = state_shardings(self.config, self.mesh)
-        shapes = jax.tree.map(with_sharding, state_shapes(self.config), where)
-        state, cursor = self.checkpoints.restore(step, shapes)
+        state, cursor = self.checkpoints.restore(step, self._placed_state())
         wanted = placed(self.config, frozen_shapes, self.mesh)
         stored = open_stored(self.workdir, verified=True)  # by `Checkpoints`
         return state, unflatten(stored.read(wanted)), cursor
+
+    def rewind(self, step: int, reason: str, cursor: Cursor) -> TrainState | None:
+        """The state of the last checkpoint, because of what is wrong with `step`; `cursor`: where
+        the data goes on. None: not again, or there is no checkpoint."""
+        shapes, most = self._placed_state(), self.config.guards.rewind
+        return self.checkpoints.rewind(step, reason, cursor, shapes, most)
+
+    def _placed_state(self) -> TrainState:
+        where = state_shardings(self.config, self.mesh)
+        return jax.tree.map(with_sharding, state_shapes(self.config), where)
 
     def fresh(self, *, write: bool = True) -> tuple[TrainState, Params, Cursor]:
         """From config.init; `write`: keep the frozen parameters in the work directory."""

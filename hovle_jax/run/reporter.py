@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from hovle_jax.run.goodput import Clock, GoodputLog
 from hovle_jax.run.guards import LossGuard
 from hovle_jax.run.metrics import MetricLog, Progress, read_metrics
 from hovle_jax.run.prepare import Run
-from hovle_jax.run.sinks import open_sinks
+from hovle_jax.run.sinks import Sink, open_sinks
 from hovle_jax.stages import get_stage
 from hovle_jax.tpu import aot, chips
 
@@ -41,23 +42,46 @@ class Reporter:
 
     def __init__(self, run: Run, done: int, clock: Clock, began: float, *, quiet: bool):
         """`done`: steps of the run so far. `began`: Unix time at which `clock` did."""
-        config, self._run, self._clock, self._done = run.config, run, clock, done
+        config, self._run, self._clock = run.config, run, clock
         self.leads = jax.process_index() == 0
         self._quiet = quiet or not self.leads
         self._goodput = GoodputLog(run.workdir / "goodput.jsonl") if self.leads else None
         if self._goodput is not None:
             self._goodput.write(time=began, start=True)
-        metrics = run.workdir / "metrics.jsonl"
-        recent = [r["loss"] for r in read_metrics(metrics) if r["step"] <= done]
-        self._guard = LossGuard(config.guards, recent[-config.guards.spike_window :])
-        names = ("metrics", "eval", "bad_batches") if self.leads else ()
-        self._logs = {name: MetricLog(run.workdir / f"{name}.jsonl", done) for name in names}
-        self._sinks = open_sinks(config, run.workdir, done) if self.leads else []
-        self._progress = Progress(run.stage.name, config.steps, config.log_every, done)
         self._flops = peak_shares(config, run.mesh)
         self._pending: _Pending | None = None
         self._free = 0.0  # when the devices could begin with what is under way
         self.last: dict[str, Any] = {}
+        self._logs: dict[str, MetricLog] = {}
+        self._sinks: list[Sink] = []
+        self._open(done)
+
+    def _open(self, done: int) -> None:
+        """Everything that rows of steps after `done` are to be written to; what is there of them
+        goes."""
+        self._close()
+        config, workdir, self._done = self._run.config, self._run.workdir, done
+        recent = [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if r["step"] <= done]
+        self._guard = LossGuard(config.guards, recent[-config.guards.spike_window :])
+        self.spike: tuple[int, str] | None = None  # a step that spiked, and by how much
+        names = ("metrics", "eval", "bad_batches") if self.leads else ()
+        self._logs = {name: MetricLog(workdir / f"{name}.jsonl", done) for name in names}
+        self._sinks = open_sinks(config, workdir, done) if self.leads else []
+        self._progress = Progress(self._run.stage.name, config.steps, config.log_every, done)
+
+    def rewound(self, done: int) -> None:
+        """The run is back at `done` steps; those after it are lost."""
+        if self.leads:
+            spike, reason = self.spike or (0, "")
+            print(
+                f"warning: step {spike}: {reason}; back to step {done}, on with other batches "
+                "(rewinds.jsonl)",
+                file=sys.stderr,
+            )
+        self._pending = None
+        self._open(done)
+        self._account(restored=done)
+        self._free = time.monotonic()
 
     def ready(self) -> None:
         """The end of everything before the first step."""
@@ -118,6 +142,9 @@ class Reporter:
         self._account()
         if self._goodput is not None:
             self._goodput.close()
+        self._close()
+
+    def _close(self) -> None:
         for log in self._logs.values():
             log.close()
         for sink in self._sinks:
@@ -139,6 +166,8 @@ class Reporter:
             self._progress.update(step, text)
         if reason := self._guard.look(row["loss"], row["grad_norm"]):
             self._warn(step, reason, pending.cursor)
+            if math.isfinite(row["loss"]):
+                self.spike = step, reason
         self._guard.check(step, self._run.workdir / "bad_batches.jsonl")
 
     def _account(self, **row: int) -> None:
