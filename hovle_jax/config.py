@@ -347,7 +347,10 @@ class RunConfig:
     keep_every: int = 0  # every checkpoint of a multiple of so many steps is kept, too; 0 = none
     keep_best: int = 0  # those with the lowest held-out loss, too (eval_every divides save_every)
     storage: str = ""  # checkpoints and frozen parameters lie here, or gs://; '' = work directory
-    eval_every: int = 0  # steps between passes over the held-out records (data.holdout); 0 = none
+    eval_every: int = 0  # steps between evaluations: held-out records (data.holdout), eval_tasks
+    eval_tasks: tuple[str, ...] = ()  # "TASK=FILE" or "TASK:DIALECT=FILE": answered and scored then
+    eval_questions: int = 256  # of each of them, at most: the first
+    eval_tokens: int = 64  # of an answer, at most
     tensorboard: bool = False  # metrics also go to WORKDIR/tensorboard
     wandb: str = ""  # metrics also go to this project of Weights & Biases
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -361,8 +364,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:  # numpy knows no such seed
             raise UserError("seed must not be negative")
-        if self.eval_every and not self.data.holdout:
-            raise UserError("eval_every: needs data.holdout, else no records are held out")
+        if self.eval_every and not (self.data.holdout or self.eval_tasks):
+            raise UserError("eval_every: needs data.holdout or eval_tasks, else there is nothing")
+        if self.eval_tasks and not self.eval_every:
+            raise UserError("eval_tasks: needs eval_every, else they are never asked")
+        if self.keep_best and not self.data.holdout:
+            raise UserError("keep_best: needs data.holdout, else there is no loss to go by")
         if self.keep_best and not (self.eval_every and self.save_every % self.eval_every == 0):
             raise UserError("keep_best: needs an eval_every that divides save_every")
 

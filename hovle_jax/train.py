@@ -25,6 +25,7 @@ from hovle_jax.run.hosts import PREEMPTIONS, SIGTERM
 from hovle_jax.run.prepare import Run, open_run
 from hovle_jax.run.profiler import Profile
 from hovle_jax.run.reporter import Reporter
+from hovle_jax.run.tasks import Tasks
 from hovle_jax.run.watchdog import Watchdog
 from hovle_jax.train_step import TrainState
 
@@ -63,7 +64,7 @@ def train(
             return {}
         parameters = run.parameter_guard(frozen, resumed=done > 0)
         parameters.check(done, state.params)
-        held_out = HeldOut(run, frozen)
+        held_out, tasks = HeldOut(run, frozen), Tasks(run, frozen)
         reporter = Reporter(run, done, clock, began, quiet=quiet)
         if reporter.leads:
             _write_down(run, cursor, quiet)
@@ -122,7 +123,9 @@ def train(
                         continue
                 if evaluate:
                     with clock.phase("evaluation"):
-                        reporter.evaluated(held_out.losses(step, state.params, watchdog.beat))
+                        row = held_out.losses(step, state.params, watchdog.beat)
+                        row |= tasks.scores(state.params, watchdog.beat)
+                        reporter.evaluated({"step": step} | row)
                 if keep:
                     save()
                 elif _due(step, watched.every):

@@ -126,6 +126,7 @@ ORDER = [
     "run.checkpoint_tools",
     "run.prepare",
     "run.heldout",
+    "run.tasks",
     "run.reporter",
     "run.replay",
     "train",

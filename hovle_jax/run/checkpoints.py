@@ -64,7 +64,8 @@ def kept(
 def held_out_losses(workdir: str | Path) -> dict[int, float]:
     """{step: loss} of a run's evaluations; without those that are not finite."""
     rows = read_metrics(Path(workdir) / "eval.jsonl")
-    return {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
 
 
 def delete(root: epath.Path, step: int) -> None:

@@ -59,11 +59,14 @@ class HeldOut:
         self._sums, self._place = jit_sums(run.config, run.mesh), sharding.batch_sharding(run.mesh)
 
     def losses(self, step: int, params: Params, beat: Callable[[], None]) -> dict[str, Any]:
-        """The row of eval.jsonl after `step`. Calls `beat` after every batch.
+        """The losses after `step`; {} where no records are held out. Calls `beat` after every
+        batch.
 
         Raises:
           UserError: on every host, if one of them cannot read its records, or does not come.
         """
+        if not self._run.config.data.holdout:
+            return {}
         begin = time.monotonic()
         total: dict[str, Any] = {}
         pending = None
@@ -75,7 +78,7 @@ class HeldOut:
             beat()
         total = _added(total, pending)
         means = {term: s.sum() / max(w.sum(), 1e-6) for term, (s, w) in total.items()}
-        row = {"step": step, "loss": float(sum(means.values()))}
+        row: dict[str, Any] = {"loss": float(sum(means.values()))}
         row |= {f"loss/{term}": float(mean) for term, mean in means.items()}
         for number, name in enumerate(self._run.pipeline.names):
             for term, (sums, weights) in total.items():

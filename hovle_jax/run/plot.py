@@ -21,6 +21,7 @@ _PANELS = (
     ("loss by source", "train", ("source/",)),
     ("held-out loss", "held_out", ("=loss", "loss/")),
     ("held-out loss by source", "held_out", ("source/",)),
+    ("tasks", "held_out", ("task/",)),
     ("learning rate", "train", ("=lr",)),
     ("gradient norm", "train", ("=grad_norm", "grad_norm/")),
     ("tokens per second", "train", ("=tokens_per_second",)),

@@ -129,7 +129,10 @@ class Reporter:
         self._free = time.monotonic()
         self._write("eval", row, "eval/")
         if not self._quiet:
-            print(f"after step {row['step']}: held-out loss {row['loss']:.4f}", file=sys.stderr)
+            found = [f"held-out loss {row['loss']:.4f}"] if "loss" in row else []
+            tasks = (name for name in row if name.startswith("task/"))
+            found += [f"{name.removeprefix('task/')} {row[name]:.1f}" for name in tasks]
+            print(f"after step {row['step']}: {', '.join(found)}", file=sys.stderr)
 
     def saved(self) -> None:
         """What was done until now is not done again, whatever happens."""

@@ -1,0 +1,101 @@
+"""Questions of benchmarks, answered and scored while a run trains: rows of WORKDIR/eval.jsonl."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hovle_jax.errors import UserError
+from hovle_jax.eval.examples import Example, ImageStore
+from hovle_jax.eval.harness import Asked, answers
+from hovle_jax.eval.prompts import with_images
+from hovle_jax.eval.run import TEXT_TOKENS, read_examples
+from hovle_jax.eval.run import Run as Benchmark
+from hovle_jax.eval.tally import Scored
+from hovle_jax.eval.tasks import check
+from hovle_jax.generation.chat import Assistant, PerImageTiler
+from hovle_jax.generation.engine import slot_groups
+from hovle_jax.run.prepare import Run
+from hovle_jax.tree import merge
+
+SLOTS_PER_GROUP = 4  # questions at a time on the devices that share one
+
+
+class Tasks:
+    """The tasks of config.eval_tasks. All hosts ask the same questions of one engine, whose slots
+    lie over the mesh as rows of a batch do."""
+
+    def __init__(self, run: Run, frozen: dict[str, Any]):
+        """Reads the questions on every host.
+
+        Raises:
+          UserError: on every host; a task, a dialect or a file that is not there.
+        """
+        self._run, self._frozen = run, frozen
+        # Pictures of a TSV; each host its own.
+        self._pictures = tempfile.TemporaryDirectory(prefix="hovle_tasks_")
+        self._tasks: dict[str, tuple[Benchmark, list[Example]]] = {}
+        with run.barrier.together():
+            if run.config.eval_tasks and "decoder" not in run.stage.parts:
+                raise UserError(
+                    f"config.eval_tasks: stage {run.stage.name!r} has no LLM that could answer"
+                )
+            for entry in run.config.eval_tasks:
+                self._add(entry)
+
+    def _add(self, entry: str) -> None:
+        name, equals, path = entry.partition("=")
+        task, _, dialect = name.partition(":")
+        if not (equals and path):
+            raise UserError(f"config.eval_tasks: {entry!r} is not TASK=FILE or TASK:DIALECT=FILE")
+        dialect = dialect or "vlmevalkit"
+        try:
+            check(task, dialect)
+        except UserError as error:
+            raise UserError(f"config.eval_tasks: {entry!r}: {error}") from None
+        benchmark = Benchmark(task, dialect, (path,))
+        if not benchmark.definition.readings:
+            raise UserError(f"config.eval_tasks: {task} needs a judge")
+        store = ImageStore(Path(self._pictures.name), benchmark.definition.upscale.get(dialect, 1))
+        examples = read_examples(benchmark, store)[0][: self._run.config.eval_questions]
+        if any(example.fields.get("answer") is None for example in examples):
+            raise UserError(f"config.eval_tasks: {path} has questions without an answer")
+        self._tasks[name] = benchmark, examples
+
+    def scores(self, params: dict[str, Any], after_step: Callable[[], None]) -> dict[str, Any]:
+        """{"task/NAME": its metric, "task_seconds"}; {} without tasks. `after_step` is called after
+        every few tokens."""
+        if not self._tasks:
+            return {}
+        begin, run, config = time.monotonic(), self._run, self._run.config
+        whole = merge(self._frozen, params)
+        assistant = Assistant(config.model, whole, run.tokenizer, config.data, mesh=run.mesh)
+        own, row = assistant.tiler, {}
+        for name, (benchmark, examples) in self._tasks.items():
+            task = benchmark.definition
+            tiler = PerImageTiler(config.model, own, task.max_tiles)
+            assistant.tiler = tiler
+            counts = {len(example.images) for example in examples}
+            tiles = max(n * (tiler.limits(n)[1] + int(tiler.thumbnail)) for n in counts)
+            room = tiles * config.model.tokens_per_tile + TEXT_TOKENS + config.eval_tokens
+            groups = slot_groups(run.mesh)
+            engine = assistant.engine(slots=SLOTS_PER_GROUP * groups, context=room, tiles=tiles)
+            made = answers(assistant, engine, self._questions(benchmark, examples), after_step)
+            reading = task.readings[benchmark.dialect]
+            rows = [
+                Scored(example, text, *reading(example, text))
+                for example, text in zip(examples, made, strict=True)
+            ]
+            row[f"task/{name}"] = task.tally(rows, benchmark.dialect).score()[task.metric]
+        return row | {"task_seconds": time.monotonic() - begin}
+
+    def _questions(self, benchmark: Benchmark, examples: list[Example]) -> Iterator[Asked]:
+        task, pictures = benchmark.definition, self._pictures.name
+        new = min(task.new_tokens[benchmark.dialect], self._run.config.eval_tokens)
+        for example in examples:
+            text = with_images(task.prompt(example, benchmark.dialect), example)
+            yield text, [os.path.join(pictures, image) for image in example.images], new
