@@ -103,7 +103,7 @@ def test_lmms_eval_finds_a_model(release, expected, module):
         return [{"role": "user", "content": parts}]
 
     def request(i, ask=messages):
-        return types.SimpleNamespace(args=(ask, {"max_new_tokens": NEW}, i, "t", "test"))
+        return types.SimpleNamespace(args=("", ask, {"max_new_tokens": NEW}, i, "t", "test"))
 
     assert model.generate_until([request(0), request(1)]) == expected[:2]
     sound = [{"role": "user", "content": [{"type": "audio"}]}]

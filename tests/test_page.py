@@ -103,6 +103,7 @@ def test_a_conversation_in_a_browser(address, assistant, release):
     """Key, two images, a streamed answer, history, a refusal, /reset; no error on the console."""
     playwright = pytest.importorskip("playwright.sync_api")
     expect = playwright.expect
+    expect.set_options(timeout=60_000)
     chromium = shutil.which("chromium") or pytest.skip("no chromium")
     image = str(release.parent / "image.png")
     new = 24
@@ -116,7 +117,7 @@ def test_a_conversation_in_a_browser(address, assistant, release):
     plain = assistant.answer([first_question("a b", [])], max_new=new)[0]
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
+        page = browser.new_page(viewport={"width": 800, "height": 400})
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
@@ -134,7 +135,7 @@ def test_a_conversation_in_a_browser(address, assistant, release):
         def ask(text: str) -> str:
             page.fill("#text", text)
             page.press("#text", "Enter")
-            expect(page.locator("#send")).to_have_text("Send", timeout=60_000)
+            expect(page.locator("#send")).to_have_text("Send")
             return str(page.locator(".turn").last.text_content())
 
         page.set_input_files("#files", [image, image])
@@ -150,6 +151,11 @@ def test_a_conversation_in_a_browser(address, assistant, release):
         assert page.locator("#waiting img").count() == 0
         assert page.locator(".user img").count() == 2
         assert ask("and now") == second
+        page.set_input_files("#files", [image])  # takes its room from the log
+        expect(page.locator("#waiting img")).to_have_count(1)
+        expect(page.locator(".turn").last).to_be_in_viewport(ratio=0.9)
+        page.click("#waiting img")
+        expect(page.locator("#waiting img")).to_have_count(0)
         page.fill("#tokens", "513")
         assert "must be 1 to 512" in ask("refused") and "error" in str(
             page.locator(".turn").last.get_attribute("class")

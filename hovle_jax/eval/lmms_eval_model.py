@@ -52,7 +52,7 @@ class Hovle(lmms):  # type: ignore[misc]
         return self._answerer.answers(map(self._question, requests))
 
     def _question(self, request: Any) -> tuple[str, list[bytes], int]:
-        doc_to_messages, options, doc_id, task, split = request.args
+        _, doc_to_messages, options, doc_id, task, split = request.args
         text, images = "", []
         for message in doc_to_messages(self.task_dict[task][split][doc_id]):
             for part in message["content"]:
