@@ -9,8 +9,9 @@
 digests.json in params, frozen and STEP lists what was written; nothing is read that differs. With
 config.storage, frozen and checkpoints lie there and not in the work directory.
 
-Reading merges `frozen` with the newest finished checkpoint, so both kinds load the same way. A
-Hugging Face directory can stand wherever a model or teacher directory can (`hf.reader`).
+Reading merges `frozen` with the newest finished checkpoint, and kernels with adapters (`lora.py`),
+so all kinds load the same way. A Hugging Face directory can stand wherever a model or teacher
+directory can (`hf.reader`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hovle_jax import model
+from hovle_jax import lora, model
 from hovle_jax.config import (
     DataConfig,
     ModelConfig,
@@ -126,6 +127,7 @@ class Stored:
         tuple[epath.Path, dict[str, Any]], ...
     ] = ()  # (its directory, {path: TensorStore})
     verified: bool = False  # the contents of the trees have been compared with their digests
+    merged: bool = True  # kernels are given with their adapters, not beside them
     hub: reader.HubDirectory | None = None
 
     @property
@@ -139,7 +141,8 @@ class Stored:
     def paths(self) -> set[str]:
         if self.hub is not None:
             return set(self._rows)
-        return {path for _, arrays in self.trees for path in arrays}
+        paths = {path for _, arrays in self.trees for path in arrays}
+        return {p for p in paths if not lora.is_adapter(p)} if self.merged else paths
 
     @property
     def tokenizer(self) -> Path:
@@ -169,7 +172,31 @@ class Stored:
                 self._check_shape(name, arrays[name].shape, want)
             if here:
                 out |= flatten(_restore(path, unflatten(here), arrays))
-        return out
+        return {path: self._adapted(path, x) for path, x in out.items()}
+
+    def _has_adapter(self, path: str) -> bool:
+        a, _ = lora.factors(path)
+        return self.merged and any(a in arrays for _, arrays in self.trees)
+
+    def _adapted(self, path: str, kernel: jax.Array) -> jax.Array:
+        """Of a parameter as read: itself, or with its adapter, made where it lies."""
+        if not self._has_adapter(path):
+            return kernel
+        near = where = kernel.sharding
+        if isinstance(where, jax.sharding.NamedSharding):
+            near = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+        wanted = {
+            name: jax.ShapeDtypeStruct(self._array(name)[1].shape, np.float32, sharding=near)
+            for name in lora.factors(path)
+        }
+        found = dataclasses.replace(self, merged=False).read(wanted)
+        with jax.default_matmul_precision("highest"):
+            merge = jax.jit(self._merge, out_shardings=where)
+            return merge(kernel, *(found[name] for name in lora.factors(path)))
+
+    def _merge(self, kernel: Any, a: Any, b: Any) -> Any:
+        assert isinstance(self.config, RunConfig)
+        return lora.merge(kernel, a, b, lora.scale(self.config.lora)).astype(kernel.dtype)
 
     def _read_hub(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         assert self.hub is not None
@@ -187,6 +214,8 @@ class Stored:
             dtype = self.hub.tensors[self._rows[path].tensors[0]].dtype
             assert dtype is not None
             return dtype
+        if self._has_adapter(path):
+            return np.dtype(np.float32)
         return np.dtype(self._array(path)[1].dtype.numpy_dtype)
 
     def pieces(self, paths: Sequence[str], index: Any) -> tuple[np.ndarray, ...]:
@@ -196,13 +225,25 @@ class Stored:
         """
         if self.hub is None:
             self._verify()
-            where = ((path, *self._array(path)) for path in paths)
-            return tuple(read_array(tree, path, array, index) for path, tree, array in where)
+            return tuple(self._piece(path, index) for path in paths)
         found: dict[str, np.ndarray] = {}
         for path in paths:
             if path not in found:
                 found |= self.hub.read_layer(self._rows[path], index)
         return tuple(found[path] for path in paths)
+
+    def _piece(self, path: str, index: Any) -> np.ndarray:
+        tree, array = self._array(path)
+        piece = read_array(tree, path, array, index)
+        if not self._has_adapter(path):
+            return piece
+        assert isinstance(self.config, RunConfig)
+        beside = dataclasses.replace(self, merged=False)
+        a, b = lora.factors(path)
+        # A slice of a matrix is one of its first inputs, which B does not have.
+        of_b = index if isinstance(index, int) else ...
+        pair = beside._piece(a, index), beside._piece(b, of_b)
+        return np.asarray(lora.merge(piece, *pair, lora.scale(self.config.lora)))
 
     def check(self) -> None:
         """Refuses tensors or arrays that are not those of the config, naming them."""
@@ -213,6 +254,8 @@ class Stored:
             shapes = flatten(teacher.abstract_params(self.config))
         else:
             shapes = flatten(model.abstract_params(self.model))
+        if isinstance(self.config, RunConfig):
+            shapes |= flatten(lora.shapes(self.config))
         for name, array in ((k, x) for _, arrays in self.trees for k, x in arrays.items()):
             if name not in shapes:
                 raise UserError(f"{self.directory}: holds {name}, which the config has not")
@@ -236,13 +279,17 @@ class Stored:
             )
 
 
-def open_stored(directory: str | Path, kind: str = "model", *, verified: bool = False) -> Stored:
+def open_stored(
+    directory: str | Path, kind: str = "model", *, verified: bool = False, merged: bool = True
+) -> Stored:
     """Opens a native or Hugging Face directory; `kind` ("model" or "teacher") picks a part where
-    a Hugging Face directory has both. `verified`: the caller has compared it with its digests."""
+    a Hugging Face directory has both. `verified`: the caller has compared it with its digests.
+    `merged`: kernels are read with their adapters."""
     if reader.is_hugging_face(directory):
         hub = reader.open_directory(directory)
         return Stored(str(directory), hub.part(kind).config, hub.data, hub=hub)
-    stored = dataclasses.replace(_open_native(Path(directory)), verified=verified)
+    stored = _open_native(Path(directory))
+    stored = dataclasses.replace(stored, verified=verified, merged=merged)
     if not isinstance(stored.config, TeacherConfig):
         check_ids(stored.model, stored.tokenizer)
     return stored

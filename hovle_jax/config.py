@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -275,6 +276,8 @@ class OptimConfig:
                 f"optim.moments={self.moments!r} needs optim.b2 of at most 0.99: bfloat16 does not "
                 f"see a second moment change by {1 - self.b2:.2g} of itself"
             )
+        for i, group in enumerate(self.groups):
+            _regex(f"optim.groups[{i}].regex", group.regex)
         names = self.group_names
         if len(set(names)) < len(names):
             raise UserError(f"optim.groups: two of them are named alike ({', '.join(names)})")
@@ -282,6 +285,24 @@ class OptimConfig:
     @property
     def group_names(self) -> list[str]:
         return [group.name or str(i) for i, group in enumerate(self.groups)]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen kernels (lora.py).
+
+    With a rank, adapters train and whatever `RunConfig.trainable` names beside them; a kernel that
+    has an adapter never does.
+    """
+
+    rank: int = 0  # 0 = off
+    alpha: float = 16.0  # adapters count alpha / rank times
+    targets: str = r"decoder/layers/.*/kernel"  # regex over parameter paths
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError("lora.rank must not be negative (0 = off)")
+        _regex("lora.targets", self.targets)
 
 
 @dataclass(frozen=True)
@@ -338,7 +359,7 @@ class RunConfig:
     """One stage of one run."""
 
     stage: str = "distill"  # a row of stages.STAGES
-    trainable: str = ""  # regex over parameter paths; '' = the stage's own
+    trainable: str = ""  # regex over parameter paths; '' = the stage's own, with lora: no others
     steps: int = 1000
     seed: int = 0
     log_every: int = 10
@@ -357,6 +378,7 @@ class RunConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: InitConfig = field(default_factory=InitConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
@@ -372,6 +394,7 @@ class RunConfig:
             raise UserError("keep_best: needs data.holdout, else there is no loss to go by")
         if self.keep_best and not (self.eval_every and self.save_every % self.eval_every == 0):
             raise UserError("keep_best: needs an eval_every that divides save_every")
+        _regex("trainable", self.trainable)
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A mutable copy for configs/*.py and command-line overrides."""
@@ -429,3 +452,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(known)}")
+
+
+def _regex(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is no regular expression ({error})") from None

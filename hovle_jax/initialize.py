@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hovle_jax import model
+from hovle_jax import lora, model
 from hovle_jax.checkpoint import Stored, open_stored, read_config
 from hovle_jax.config import RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
@@ -74,7 +74,13 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
         )
     if missing:
         found |= _random(config, missing)
-    return unflatten(found)
+    return unflatten(found | _adapters(config, mesh))
+
+
+def _adapters(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    where = {k: x.sharding for k, x in placed(config, lora.shapes(config), mesh).items()}
+    make = jax.jit(lambda rng: lora.init(rng, config), out_shardings=where)
+    return make(jax.random.key(config.seed)) if where else {}
 
 
 # Growing axis of what has a row per token.

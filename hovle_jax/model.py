@@ -38,7 +38,7 @@ from hovle_jax.nn.embedding import (
     short_stream,
     take,
 )
-from hovle_jax.nn.layers import LayerInputs, axis_names, rope_tables
+from hovle_jax.nn.layers import LayerInputs, axis_names, output_axes, rope_tables
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -186,6 +186,17 @@ def param_axes(config: ModelConfig) -> Params:
     """The same tree with each array's axis names, as `sharding.RULES` knows them."""
     boxed = jax.eval_shape(functools.partial(_boxed_init, config=config), jax.random.key(0))
     return axis_names(boxed)
+
+
+def matrix_outputs(config: ModelConfig) -> Params:
+    """The same tree with the number of each matrix's last axes that are its outputs; 0 elsewhere.
+
+    A matrix is what `layers.Linear` multiplies with, and nothing else reads.
+    """
+    boxed = jax.eval_shape(functools.partial(_boxed_init, config=config), jax.random.key(0))
+    outputs = output_axes(boxed)
+    outputs["decoder"]["head"]["kernel"] = 0  # `head_kernel` is read by losses and decoding
+    return outputs
 
 
 def _boxed_init(rng: jax.Array, config: ModelConfig) -> Params:

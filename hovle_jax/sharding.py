@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "patch": (),
     "norm": (),
+    "rank": (),  # of an adapter
     # activations
     "batch": BATCH_AXES,
     "length": ("context",),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hovle_jax import losses, model, sharding
+from hovle_jax import lora, losses, model, sharding
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
@@ -38,6 +38,8 @@ class TrainState:
 
 
 def trainable_regex(config: RunConfig) -> str:
+    if config.lora.rank:
+        return lora.trainable_regex(config)
     return config.trainable or get_stage(config.stage).trainable
 
 
@@ -49,9 +51,10 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
     """
     stage = get_stage(config.stage)
     shapes = model.abstract_params(config.model)
-    regex = trainable_regex(config)
-    trainable, frozen = split({part: shapes[part] for part in stage.parts}, regex)
-    if not trainable:
+    shapes = merge({part: shapes[part] for part in stage.parts}, lora.shapes(config))
+    trainable, frozen = split(shapes, trainable_regex(config))
+    if not trainable or (config.trainable and all(map(lora.is_adapter, flatten(trainable)))):
+        regex = config.trainable or stage.trainable
         raise UserError(f"config.trainable: {regex!r} matches no parameter of stage {stage.name!r}")
     dtype = jnp.dtype(config.model.dtype)
     return trainable, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
@@ -69,7 +72,7 @@ def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
     """Shardings of any subtree of the model's parameters."""
-    axes = flatten(model.param_axes(config.model))
+    axes = flatten(model.param_axes(config.model)) | lora.axes(config)
     flat = {
         path: jax.sharding.NamedSharding(mesh, sharding.spec(axes[path], x.shape, mesh))
         for path, x in flatten(shapes).items()
@@ -96,7 +99,7 @@ def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Optimizer moments lie where their parameters lie; counters are replicated."""
     shapes = state_shapes(config)
-    axes = flatten(model.param_axes(config.model))
+    axes = flatten(model.param_axes(config.model)) | lora.axes(config)
 
     def place(path: Any, x: Any) -> jax.sharding.NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -119,7 +122,8 @@ def make_loss(config: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
     def loss(
         trainable: Params, frozen: Params, teacher_params: Params, batch: Any, totals: Metrics
     ) -> tuple[jax.Array, Metrics]:
-        values = stage.terms(merge(frozen, trainable), teacher_params, batch, config)
+        params = lora.join(frozen, trainable, config.lora)
+        values = stage.terms(params, teacher_params, batch, config)
         weighted = {k: values[k] * w for k, w in stage.weights(batch, config).items()}
         shares = {k: jnp.sum(x) / jnp.maximum(totals[k], 1e-6) for k, x in weighted.items()}
         by_source = {f"{k}/source": _by_source(x, batch, config) for k, x in weighted.items()}

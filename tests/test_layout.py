@@ -63,6 +63,7 @@ ORDER = [
     "data.inspect",
     "data.stats",
     "stages",
+    "lora",
     "optim",
     "train_step",
     "tpu.aot",

@@ -62,23 +62,26 @@ class Named(meta.AxisMetadata):
 
     value: Any
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    outputs: int = dataclasses.field(default=0, metadata={"static": True})  # of a `Linear`'s kernel
 
     def unbox(self) -> Any:
         return self.value
 
     def replace_boxed(self, val: Any) -> Named:
-        return Named(val, self.axes)
+        return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Named:
-        return Named(self.value, (*self.axes[:index], params["name"], *self.axes[index:]))
+        axes = (*self.axes[:index], params["name"], *self.axes[index:])
+        return dataclasses.replace(self, axes=axes)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Named:
-        return Named(self.value, self.axes[:index] + self.axes[index + 1 :])
+        return dataclasses.replace(self, axes=self.axes[:index] + self.axes[index + 1 :])
 
 
-def named(init: Any, *axes: str) -> Any:
-    """An initialiser that makes `Named` parameters."""
-    return lambda *args: Named(init(*args), axes)
+def named(init: Any, *axes: str, outputs: int = 0) -> Any:
+    """An initialiser that makes `Named` parameters; `outputs`: how many of the last axes of a
+    matrix are its result's."""
+    return lambda *args: Named(init(*args), axes, outputs)
 
 
 def axis_names(boxed: Any) -> Any:
@@ -86,11 +89,17 @@ def axis_names(boxed: Any) -> Any:
     return jax.tree.map(lambda x: x.axes, boxed, is_leaf=lambda x: isinstance(x, Named))
 
 
+def output_axes(boxed: Any) -> Any:
+    """Tree of `Named` -> tree of how many of the last axes are a matrix's outputs; 0: no matrix."""
+    return jax.tree.map(lambda x: x.outputs, boxed, is_leaf=lambda x: isinstance(x, Named))
+
+
 class Linear(nn.Module):
     """y = x @ kernel (+ bias); `axes` names the kernel's axes, input axes first.
 
     The input axes are the last of x and contract with the first of the kernel; the kernel is cast
-    to x's dtype. One in int8 comes with its scales (`quantize.py`).
+    to x's dtype. One in int8 comes with its scales (`quantize.py`), a frozen one may have a
+    low-rank adapter beside it (`lora.py`).
     """
 
     features: tuple[int, ...]
@@ -102,7 +111,8 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         num_in = len(self.axes) - len(self.features)
         shape = x.shape[-num_in:] + self.features
-        init = named(nn.initializers.normal(self.std), *self.axes)
+        normal = nn.initializers.normal(self.std)
+        init = named(normal, *self.axes, outputs=len(self.features))
         kernel = self.param("kernel", init, shape, jnp.float32)
         kernel = kernel.astype(x.dtype)
         if platform() == "cpu":
@@ -115,6 +125,11 @@ class Linear(nn.Module):
         if self.has_variable("params", "kernel_scale"):
             scale: jax.Array = self.get_variable("params", "kernel_scale")
             y = (y.astype(jnp.float32) * scale).astype(y.dtype)
+        if self.has_variable("params", "lora_a"):
+            rank: tuple[int, ...] = self.get_variable("params", "lora_a")["kernel"].shape[-1:]
+            a = Linear(rank, (*self.axes[:num_in], "rank"), self.std, name="lora_a")
+            b = Linear(self.features, ("rank", *self.axes[num_in:]), self.std, name="lora_b")
+            y = y + b(a(x))
         if self.bias:
             zeros = named(nn.initializers.zeros, *self.axes[num_in:])
             y = y + self.param("bias", zeros, self.features, jnp.float32).astype(x.dtype)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax import losses, sharding
+from hovle_jax import lora, losses, sharding
 from hovle_jax.config import RunConfig
 from hovle_jax.data.pipeline import HostBatch
 from hovle_jax.errors import UserError
@@ -18,7 +18,6 @@ from hovle_jax.run.agreement import exchange
 from hovle_jax.run.prepare import Run
 from hovle_jax.stages import get_stage
 from hovle_jax.train_step import param_shardings, stage_shapes, teacher_shardings
-from hovle_jax.tree import merge
 
 Params = dict[str, Any]
 
@@ -30,7 +29,8 @@ def jit_sums(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     trainable, frozen = stage_shapes(config)
 
     def sums(trainable: Params, frozen: Params, teach: Params, batch: Any) -> Params:
-        values = stage.terms(merge(frozen, trainable), teach, batch, config)
+        params = lora.join(frozen, trainable, config.lora)
+        values = stage.terms(params, teach, batch, config)
         ids, most = batch["source_ids"], config.data.max_sources
 
         def both(value: jax.Array, weight: jax.Array) -> jax.Array:

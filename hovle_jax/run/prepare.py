@@ -83,7 +83,7 @@ class Run:
         _, frozen_shapes = stage_shapes(self.config)
         state, cursor = self.checkpoints.restore(step, self._placed_state())
         wanted = placed(self.config, frozen_shapes, self.mesh)
-        stored = open_stored(self.workdir, verified=True)  # by `Checkpoints`
+        stored = open_stored(self.workdir, verified=True, merged=False)  # by `Checkpoints`
         return state, unflatten(stored.read(wanted)), cursor
 
     def rewind(self, step: int, reason: str, cursor: Cursor) -> TrainState | None:
@@ -188,7 +188,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.attention",
         "model.loss_chunk",
     }
-    for name in ("stage", "model", "trainable", "seed", "storage", "data", "optim.moments"):
+    for name in ("stage", "model", "trainable", "lora", "seed", "storage", "data", "optim.moments"):
         look = operator.attrgetter(name)
         old, new = (flatten({name: to_dict(look(c))}, ".") for c in (stored, config))
         changed = sorted(k for k in new if old[k] != new[k] and k not in free)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hovle_jax import lora
 from hovle_jax.errors import UserError
 from hovle_jax.eval.examples import Example, ImageStore
 from hovle_jax.eval.harness import Asked, answers
@@ -20,7 +21,6 @@ from hovle_jax.eval.tasks import check
 from hovle_jax.generation.chat import Assistant, PerImageTiler
 from hovle_jax.generation.engine import slot_groups
 from hovle_jax.run.prepare import Run
-from hovle_jax.tree import merge
 
 SLOTS_PER_GROUP = 4  # questions at a time on the devices that share one
 
@@ -72,7 +72,7 @@ class Tasks:
         if not self._tasks:
             return {}
         begin, run, config = time.monotonic(), self._run, self._run.config
-        whole = merge(self._frozen, params)
+        whole = lora.whole(self._frozen, params, config.lora)
         assistant = Assistant(config.model, whole, run.tokenizer, config.data, mesh=run.mesh)
         own, row = assistant.tiler, {}
         for name, (benchmark, examples) in self._tasks.items():

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hovle_jax import sharding, train_step
+from hovle_jax import lora, sharding, train_step
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
@@ -30,6 +30,7 @@ from hovle_jax.stages import get_stage
 from hovle_jax.tpu import chips, hlo
 from hovle_jax.tpu.chips import Chip
 from hovle_jax.tpu.cost import Cost, price
+from hovle_jax.tree import flatten
 
 # Read when libtpu is loaded: do not look for a TPU, do not complain that there is none, and let
 # several processes compile at a time.
@@ -213,6 +214,15 @@ def _reason(message: str) -> str:
     return f"does not compile: {found.group(0).strip() if found else message.splitlines()[0]}"[:300]
 
 
+# The matrices behind each term of `model_flops`.
+_MATRICES = {
+    "vision": r"embedding/(vision|projector)/.*kernel",
+    "embedding": r"embedding/layers/.*kernel",
+    "decoder": r"decoder/layers/.*kernel",
+    "head": r"decoder/head/kernel",
+}
+
+
 def model_flops(config: RunConfig, *, backward: bool = True) -> float:
     """Useful matrix FLOPs of one step (or its forward pass alone), without recomputation.
 
@@ -233,25 +243,38 @@ def model_flops(config: RunConfig, *, backward: bool = True) -> float:
         "decoder": tokens * c.flops_per_token(tokens)["decoder"],
         "head": tokens * c.flops_per_token(tokens)["head"],
     }
-    trainable, _ = train_step.stage_shapes(config)
+    extra = 0.0
     if stage.teacher:
         del forward["decoder"], forward["head"]
         extra = teacher_flops(config)
-    else:
-        extra = 0.0
+    trainable, share = _trained(config)
+    for path in filter(lora.is_adapter, trainable):
+        places = tokens if path.startswith("decoder/") else long
+        extra += (6.0 if backward else 2.0) * places * math.prod(trainable[path].shape)
     if not backward:
         return rows * (sum(forward.values()) + extra)
-    trains_decoder = "decoder" in trainable
-    passes = {name: 3.0 for name in forward}
-    if not trains_decoder:
-        attention = (
-            c.decoder.num_layers * 2.0 * tokens**2 * c.decoder.num_heads * c.decoder.head_dim
-        )
-        # Without weight gradients a product costs two passes; attention has no weights.
-        passes |= {"decoder": 2.0, "head": 2.0}
-        if "decoder" in forward:
-            extra += attention
+    passes = {name: 2.0 + share[name] for name in forward}
+    if not any(path.startswith("embedding/") for path in trainable):
+        passes |= {"vision": 1.0, "embedding": 1.0}  # no gradient gets there
+    for name, length in (("embedding", long), ("decoder", tokens)):
+        if passes.get(name, 1.0) > 1.0:  # attention has no weights: three passes whatever trains
+            s = getattr(c, name)
+            attention = s.num_layers * 2.0 * length**2 * s.num_heads * s.head_dim
+            extra += (1.0 - share[name]) * attention
     return rows * (sum(passes[name] * f for name, f in forward.items()) + extra)
+
+
+def _trained(config: RunConfig) -> tuple[dict[str, Any], dict[str, float]]:
+    """({path: shape of what trains}, share of the matrices of each term of `model_flops`)."""
+    trainable, frozen = (flatten(tree) for tree in train_step.stage_shapes(config))
+    share = {}
+    for name, regex in _MATRICES.items():
+        sizes = [
+            sum(math.prod(x.shape) for k, x in part.items() if re.fullmatch(regex, k))
+            for part in ({k: x for k, x in trainable.items() if not lora.is_adapter(k)}, frozen)
+        ]
+        share[name] = sizes[0] / max(sum(sizes), 1)
+    return trainable, share
 
 
 def teacher_flops(config: RunConfig) -> float:
