@@ -80,6 +80,7 @@ ORDER = [
     "hf.config_json",
     "hf.shards",
     "hf.tokens",
+    "hf.teachers",
     "hf.reader",
     "streaming",
     "checkpoint",
