@@ -106,6 +106,7 @@ def layer_pairs(config: RunConfig) -> tuple[tuple[int, int], ...]:
 
 def heads(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """{path below heads/: shape} of the linear maps that the settings ask for."""
+    losses.DISTANCES.find(config.distill.loss)
     width = config.model.hidden_size
     sizes = {t.term: t.config.out_size for t in run_teachers(config) if t.adaptor == "linear"}
     sizes |= {f"layer_{n}": config.teacher.hidden_size for n, _ in layer_pairs(config)}
