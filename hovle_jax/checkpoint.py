@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hovle_jax import lora, model
+from hovle_jax import heads, lora, model
 from hovle_jax.config import (
     DataConfig,
     ModelConfig,
@@ -304,7 +304,8 @@ def _open_native(directory: Path) -> Stored:
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: no finished checkpoint")
-    trees = [open_tree(storage / "checkpoints" / str(step) / "params")]
+    path, arrays = open_tree(storage / "checkpoints" / str(step) / "params")
+    trees = [(path, {k: x for k, x in arrays.items() if not k.startswith(heads.PREFIX)})]
     if (storage / "frozen").is_dir():
         trees.insert(0, open_tree(storage / "frozen"))
     return Stored(str(directory), config, data, step, tuple(trees))

@@ -19,12 +19,13 @@ import ml_collections
 
 from hovle_jax.errors import UserError
 from hovle_jax.registry import load_plugins
+from hovle_jax.teaching import IMAGE_MEAN as IMAGE_MEAN
+from hovle_jax.teaching import IMAGE_STD as IMAGE_STD
+from hovle_jax.teaching import DistillConfig, MoreTeacher, TeacherConfig
 
 T = TypeVar("T")
 
 IGNORE = -100  # label of a token that is not predicted
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, as InternVL normalises
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -160,44 +161,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
-    """InternViT + pixel shuffle + mlp1: the vision teacher of stage I (spec section 7)."""
-
-    num_layers: int = 24
-    hidden_size: int = 1024
-    num_heads: int = 16
-    intermediate_size: int = 4096
-    image_size: int = 448
-    patch_size: int = 14
-    shuffle: int = 2
-    shuffle_version: str = "v2"  # v1 keeps the transposed order of early InternVL releases
-    norm: str = "layer"  # layer (300M) | rms (6B)
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    qk_norm: bool = False  # RMSNorm over the full width of q and k (6B)
-    select_layer: int = -1  # which hidden state is the feature; -1 = after the last layer
-    out_size: int = 2048  # width of the LLM's input space
-    mean: tuple[float, ...] = IMAGE_MEAN  # its own normalisation of the pixels both models see
-    std: tuple[float, ...] = IMAGE_STD
-    initializer_range: float = 0.02
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise UserError("teacher.mean and teacher.std must have three numbers")
-        _one_of("teacher.norm", self.norm, ("layer", "rms"))
-        _one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return (self.grid // self.shuffle) ** 2
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """What is read and how it becomes static batches.
 
@@ -249,8 +212,9 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a schedule. Every trainable parameter must match exactly one group."""
+    """An optimizer with a schedule. Every trainable parameter must match exactly one group."""
 
+    name: str = "adamw"  # optim.OPTIMIZERS
     lr: float = 4e-5
     end_lr: float = 0.0
     schedule: str = "cosine"  # cosine | wsd | constant
@@ -271,6 +235,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
         _one_of("optim.moments", self.moments, ("float32", "bfloat16", "int8"))
+        if self.moments != "float32" and self.name != "adamw":
+            raise UserError(f"optim.moments={self.moments!r} is for adamw, not {self.name!r}")
         if self.moments != "float32" and self.b2 > 0.99:
             raise UserError(
                 f"optim.moments={self.moments!r} needs optim.b2 of at most 0.99: bfloat16 does not "
@@ -358,7 +324,7 @@ class GuardConfig:
 class RunConfig:
     """One stage of one run."""
 
-    stage: str = "distill"  # a row of stages.STAGES
+    stage: str = "distill"  # stages.STAGES
     trainable: str = ""  # regex over parameter paths; '' = the stage's own, with lora: no others
     steps: int = 1000
     seed: int = 0
@@ -376,6 +342,8 @@ class RunConfig:
     wandb: str = ""  # metrics also go to this project of Weights & Biases
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: tuple[MoreTeacher, ...] = ()  # beside it
+    distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hovle_jax import lora, model
+from hovle_jax import distill, heads, lora, model, sharding
 from hovle_jax.checkpoint import Stored, open_stored, read_config
 from hovle_jax.config import RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
-from hovle_jax.stages import Stage
-from hovle_jax.train_step import param_shardings, teacher_shardings
+from hovle_jax.stages import Stage, get_stage
+from hovle_jax.train_step import param_shardings
 from hovle_jax.tree import flatten, unflatten
 
 Params = dict[str, Any]
@@ -45,6 +45,8 @@ def check_order(config: RunConfig, stage: Stage) -> None:
             f"{stage.after!r}; set it, or set config.init.scratch=True to start without"
         )
     stored = read_config(previous)
+    if isinstance(stored, RunConfig) and stage.name in get_stage(stored.stage).before:
+        return
     if not isinstance(stored, RunConfig) or stored.stage != stage.after:
         found = f"stage {stored.stage!r}" if isinstance(stored, RunConfig) else "no work directory"
         raise UserError(
@@ -57,7 +59,8 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     """Parameters the stage reads, from the sources of config.init, each in its own shards."""
     source = config.init
     shapes = model.abstract_params(config.model)
-    wanted = placed(config, {part: shapes[part] for part in stage.parts}, mesh)
+    shapes = {part: shapes[part] for part in stage.parts} | heads.shapes(config)
+    wanted = placed(config, shapes, mesh)
     found: dict[str, Any] = {}
     if source.llm:
         found |= _language_model(config, wanted)
@@ -66,6 +69,7 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     missing = {k: v for k, v in wanted.items() if k not in found}
     # The embedding module is what HoVLE adds: a stage without a predecessor makes it up.
     fresh = {k for k in missing if not stage.after and not k.startswith("embedding/text/")}
+    fresh |= {k for k in missing if k.startswith(heads.PREFIX)}
     lost = sorted(set(missing) - fresh)
     if lost and not source.scratch:
         raise UserError(
@@ -140,6 +144,7 @@ def _check_agreement(stored: Stored, theirs: Any, ours: Any, where: str) -> None
     """Shapes show most differences between configs; these would only show as bad results."""
     names = ["rope_theta", "rms_norm_eps", "norm_eps", "shuffle_version"]
     names += ["qkv_bias", "out_bias", "qk_norm", "norm"]
+    names += ["kind", "key_bias", "activation", "gated", "mean", "std"]
     if "linear" in (getattr(ours, "rope_scaling", ""), getattr(theirs, "rope_scaling", "")):
         names += ["rope_scaling", "rope_factor"]  # dynamic differs only past the trained length
     for name in names:
@@ -155,23 +160,35 @@ def _random(config: RunConfig, missing: dict[str, Any]) -> dict[str, Any]:
     where = {k: v.sharding for k, v in missing.items()}
 
     def make(rng: jax.Array) -> dict[str, Any]:
-        flat = flatten(model.init(rng, config.model))
+        flat = flatten(model.init(rng, config.model)) | heads.init(rng, config)
         return {k: flat[k] for k in missing}
 
     return jax.jit(make, out_shardings=where)(jax.random.key(config.seed))
 
 
 def teacher_params(config: RunConfig, mesh: jax.sharding.Mesh) -> Params:
-    if not config.init.teacher:
-        raise UserError("config.init.teacher: stage 'distill' needs a teacher directory")
-    stored = open_stored(config.init.teacher, "teacher")
+    """All teachers of a run, each in its shards (`distill.teacher_tree`)."""
+    teachers = distill.run_teachers(config)
+    keys = ["init.teacher", *(f"teachers[{i}].path" for i in range(len(config.teachers)))]
+    trees = [_teacher(t, f"config.{key}", mesh) for t, key in zip(teachers, keys, strict=True)]
+    return distill.teacher_tree(trees)
+
+
+def _teacher(target: distill.Target, key: str, mesh: jax.sharding.Mesh) -> Params:
+    shapes = flatten(teacher.abstract_params(target.config))
+    if not shapes:
+        return {}
+    if not target.path:
+        raise UserError(f"{key}: stage 'distill' needs a teacher directory")
+    stored = open_stored(target.path, "teacher")
     if not isinstance(stored.config, TeacherConfig):
-        raise UserError(f"config.init.teacher: {config.init.teacher} holds no vision teacher")
-    _check_agreement(stored, stored.config, config.teacher, "teacher")
-    where = flatten(teacher_shardings(config, mesh))
-    shapes = flatten(teacher.abstract_params(config.teacher))
-    found = stored.read({k: with_sharding(x, where[k]) for k, x in shapes.items()})
+        raise UserError(f"{key}: {target.path} holds no vision teacher")
+    where = "teacher" if key == "config.init.teacher" else f"{key[7:-5]}.teacher"
+    _check_agreement(stored, stored.config, target.config, where)
+    axes = teacher.param_axes(target.config)
+    shardings = flatten(sharding.tree_shardings(axes, unflatten(shapes), mesh))
+    found = stored.read({k: with_sharding(x, shardings[k]) for k, x in shapes.items()})
     missing = sorted(set(shapes) - set(found))
     if missing:
-        raise UserError(f"config.init.teacher: {config.init.teacher} has no {missing[0]}")
+        raise UserError(f"{key}: {target.path} has no {missing[0]}")
     return unflatten(found)

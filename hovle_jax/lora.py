@@ -67,9 +67,9 @@ def whole(frozen: Params, trainable: Params, config: LoraConfig) -> Params:
     flat = flatten(tree.merge(frozen, trainable))
     out = {path: x for path, x in flat.items() if not is_adapter(path)}
     for path, x in out.items():
-        if (names := factors(path))[0] in flat:
-            merged = merge(x, *(flat[name] for name in names), scale(config))
-            out[path] = merged.astype(x.dtype)
+        a, b = factors(path)
+        if a in flat:
+            out[path] = merge(x, flat[a], flat[b], scale(config)).astype(x.dtype)
     return unflatten(out)
 
 

@@ -13,11 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import IGNORE
+from hovle_jax.registry import Registry
 from hovle_jax.sharding import differing, gathered, part_of, per_shard, scattered
 
 COSINE_EPS = 1e-6
 
+# Distances of stage I: (prediction [..., E], target [..., E]) -> float32 [...].
+DISTANCES: Registry[Callable[[jax.Array, jax.Array], jax.Array]] = Registry("config.distill.loss")
 
+
+@DISTANCES.add("cosine")
 def cosine_distance(pred: jax.Array, target: jax.Array) -> jax.Array:
     """1 - cos over the last axis, in float32: [...]."""
     pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
@@ -25,6 +30,19 @@ def cosine_distance(pred: jax.Array, target: jax.Array) -> jax.Array:
     # rsqrt of the sum, not a norm: the gradient stays finite for a zero vector (padding).
     norms = jnp.sum(pred**2, axis=-1) * jnp.sum(target**2, axis=-1)
     return 1.0 - dot * jax.lax.rsqrt(norms + COSINE_EPS**2)
+
+
+@DISTANCES.add("mse")
+def squared_error(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean of the squares over the last axis, in float32: [...]."""
+    return jnp.mean((pred.astype(jnp.float32) - target.astype(jnp.float32)) ** 2, axis=-1)
+
+
+@DISTANCES.add("smooth_l1")
+def smooth_l1(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean over the last axis of x^2 / 2 up to 1 and of |x| - 1/2 beyond: [...]."""
+    error = jnp.abs(pred.astype(jnp.float32) - target.astype(jnp.float32))
+    return jnp.mean(jnp.where(error < 1, 0.5 * error**2, error - 0.5), axis=-1)
 
 
 def sum_by_source(values: jax.Array, source_ids: jax.Array, sources: int) -> jax.Array:

@@ -217,6 +217,21 @@ def embed(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     return _run(HoVLE(config), params, batch, method="embed")[0]
 
 
+def embed_layers(
+    params: Params, batch: Batch, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(what `embed` gives, hidden states [L, B, Z, E] after each of its layers, ids [B, Z] there).
+
+    Z is the length of the stream the layers run over: S for 'pre', that of the long one for 'post'.
+    """
+    module = HoVLE(config, keep_hidden=True)
+    x, short, extras = _run(module, params, batch, method="embed")
+    stream = short
+    if config.shuffle_loc == "post":
+        stream = long_stream(short, batch["pixels"].shape[1], config)
+    return x, extras["hidden"], stream.ids
+
+
 def hidden(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     """The LLM's hidden states after its final norm: [B, S, E]; `logits` turns them into scores."""
     return _run(HoVLE(config), params, batch)[0]

@@ -1,8 +1,14 @@
-"""Schedules, parameter groups and the optimizer: optax's, with Adam's moments small if asked."""
+"""Schedules, parameter groups and optimizers: optax's, with Adam's moments small if asked.
+
+An entry of OPTIMIZERS turns gradients into steps of unit size; clipping before it and weight decay,
+learning rates and groups after it are the same for all. State that lies in trees like the
+parameters' is laid out over devices as they are (`train_step.state_shardings`).
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +17,12 @@ import optax
 
 from hovle_jax.config import GroupConfig, OptimConfig
 from hovle_jax.errors import UserError
+from hovle_jax.registry import Registry
 from hovle_jax.tree import flatten, unflatten
+
+OPTIMIZERS: Registry[Callable[[OptimConfig], optax.GradientTransformation]] = Registry(
+    "config.optim.name"
+)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -59,7 +70,7 @@ def group_norms(config: OptimConfig, gradient: dict[str, Any]) -> dict[str, jax.
 def make_optimizer(
     config: OptimConfig, steps: int, params: dict[str, Any]
 ) -> optax.GradientTransformation:
-    """AdamW over `params` (arrays or shapes): the trainable ones, nothing else."""
+    """config.name over `params` (arrays or shapes): the trainable ones, nothing else."""
     per_group = {
         str(i): optax.chain(optax.add_decayed_weights(g.weight_decay), optax.scale(g.lr_scale))
         for i, g in enumerate(config.groups)
@@ -67,7 +78,7 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,
-        scale_by_adam(config),
+        OPTIMIZERS.find(config.name)(config),
         optax.partition(per_group, group_labels(config.groups, params)),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
@@ -82,6 +93,7 @@ class ShortMoments(NamedTuple):
     nu: Any  # bfloat16
 
 
+@OPTIMIZERS.add("adamw")
 def scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
     """optax's, whose arithmetic stays in float32; between steps moments lie in `config.moments`.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hovle_jax import lora, losses, model, sharding
+from hovle_jax import distill, heads, lora, losses, model, sharding
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
@@ -38,9 +38,10 @@ class TrainState:
 
 
 def trainable_regex(config: RunConfig) -> str:
+    regex = config.trainable or get_stage(config.stage).trainable
     if config.lora.rank:
-        return lora.trainable_regex(config)
-    return config.trainable or get_stage(config.stage).trainable
+        regex = lora.trainable_regex(config)
+    return f"(?:{regex})|{heads.PREFIX}.*" if heads.shapes(config) else regex
 
 
 def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
@@ -52,8 +53,9 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
     stage = get_stage(config.stage)
     shapes = model.abstract_params(config.model)
     shapes = merge({part: shapes[part] for part in stage.parts}, lora.shapes(config))
-    trainable, frozen = split(shapes, trainable_regex(config))
-    if not trainable or (config.trainable and all(map(lora.is_adapter, flatten(trainable)))):
+    trainable, frozen = split(shapes | heads.shapes(config), trainable_regex(config))
+    own = [path for path in flatten(trainable) if not path.startswith(heads.PREFIX)]
+    if not own or (config.trainable and all(map(lora.is_adapter, own))):
         regex = config.trainable or stage.trainable
         raise UserError(f"config.trainable: {regex!r} matches no parameter of stage {stage.name!r}")
     dtype = jnp.dtype(config.model.dtype)
@@ -72,7 +74,7 @@ def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> Params:
     """Shardings of any subtree of the model's parameters."""
-    axes = flatten(model.param_axes(config.model)) | lora.axes(config)
+    axes = _axes(config)
     flat = {
         path: jax.sharding.NamedSharding(mesh, sharding.spec(axes[path], x.shape, mesh))
         for path, x in flatten(shapes).items()
@@ -80,9 +82,21 @@ def param_shardings(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) 
     return unflatten(flat)
 
 
+def _axes(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """{path: axis names} of all that may train."""
+    return flatten(model.param_axes(config.model)) | lora.axes(config) | heads.axes(config)
+
+
 def teacher_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> Params:
-    axes, shapes = teacher.param_axes(config.teacher), teacher.abstract_params(config.teacher)
-    return sharding.tree_shardings(axes, shapes, mesh)
+    """Of what `teacher_shapes` gives."""
+    axes = [teacher.param_axes(t.config) for t in distill.run_teachers(config)]
+    return sharding.tree_shardings(distill.teacher_tree(axes), teacher_shapes(config), mesh)
+
+
+def teacher_shapes(config: RunConfig) -> Params:
+    """All teachers of a run as shapes."""
+    shapes = [teacher.abstract_params(t.config) for t in distill.run_teachers(config)]
+    return distill.teacher_tree(shapes)
 
 
 def state_shapes(config: RunConfig) -> TrainState:
@@ -99,11 +113,13 @@ def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 def state_shardings(config: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Optimizer moments lie where their parameters lie; counters are replicated."""
     shapes = state_shapes(config)
-    axes = flatten(model.param_axes(config.model)) | lora.axes(config)
+    axes = _axes(config)
 
     def place(path: Any, x: Any) -> jax.sharding.NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         param = next((p for p in axes if name.endswith("/" + p)), None)
+        if param and len(axes[param]) != x.ndim:
+            param = None  # a summary of the parameter, as Adafactor's: small, so whole everywhere
         spec = sharding.spec(axes[param], x.shape, mesh) if param else jax.sharding.PartitionSpec()
         return jax.sharding.NamedSharding(mesh, spec)
 

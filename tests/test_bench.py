@@ -141,7 +141,7 @@ def test_bench_data_counts_cores_from_a_plan(world, tmp_path, one_line_error):
 
 def test_flops_of_the_released_sizes():
     """InternViT-300M's weights alone are 0.62 TFLOP a tile forward, attention 0.1 more."""
-    teacher = demand.teacher_flops_per_tile(TeacherConfig())
+    teacher = TeacherConfig().flops_per_tile()
     assert 0.70e12 < teacher < 0.75e12
     base = RunConfig()
     one_tile = dataclasses.replace(base.data, tokens=256, tiles=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hovle_jax import losses, model, stages, train_step
+from hovle_jax import distill, losses, model, stages, train_step
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
@@ -167,7 +167,7 @@ def test_distillation_terms(loc):
 
 
 def test_masks_leave_out_padding_and_brackets():
-    found = stages.distill_masks(make_batch(), run_config("distill"))
+    found = distill.masks(make_batch(), PRE)
     for name, mask in targets_by_place()[1].items():
         np.testing.assert_array_equal(found[name], mask, name)
     ids, segments = make_batch()["input_ids"], make_batch()["segment_ids"]
@@ -377,7 +377,8 @@ SIZES = pytest.mark.parametrize(
 
 @SIZES
 def test_stage_one_trains_the_module_without_its_tables(size):
-    config = RunConfig(stage="distill", model=size, teacher=TEACHER)
+    matching = dataclasses.replace(TEACHER, out_size=size.hidden_size)
+    config = RunConfig(stage="distill", model=size, teacher=matching)
     trainable, frozen = paths(config)
     embedding, _ = everything(config)
     tables = {"embedding/text/table"}

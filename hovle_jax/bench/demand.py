@@ -11,22 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hovle_jax.config import RunConfig, TeacherConfig
+from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.stages import get_stage
+from hovle_jax.tpu.aot import teacher_flops
 
 PEAK_FLOPS = {"v5e": 197e12, "v6e": 918e12}  # bfloat16, per chip
 HOST_CHIPS = 8  # of v5e-8 and v6e-8
-
-
-def teacher_flops_per_tile(teacher: TeacherConfig) -> float:
-    """Forward matmul FLOPs of InternViT and mlp1 for one tile."""
-    d, patches, wide = teacher.hidden_size, teacher.grid**2, teacher.shuffle**2
-    tokens = patches + 1
-    layer = tokens * (8 * d * d + 4 * d * teacher.intermediate_size) + 4 * tokens**2 * d
-    patch = 2 * patches * 3 * teacher.patch_size**2 * d
-    projector = 2 * teacher.tokens_per_tile * (wide * d + teacher.out_size) * teacher.out_size
-    return float(teacher.num_layers * layer + patch + projector)
 
 
 def row_flops(config: RunConfig, tiles: float, context: int) -> float:
@@ -49,7 +40,7 @@ def row_flops(config: RunConfig, tiles: float, context: int) -> float:
         passes = 3 if re.fullmatch(trainable, "decoder/layers/kernel") else 2
         total += passes * (forward["decoder"] + forward["head"]) * data.tokens
     if stage.teacher:
-        total += teacher_flops_per_tile(config.teacher) * data.tiles
+        total += teacher_flops(config)
     return total
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hovle_jax import sharding, train_step
+from hovle_jax import distill, sharding, train_step
 from hovle_jax.bench.reference import Reference
 from hovle_jax.config import (
     IGNORE,
@@ -131,8 +131,12 @@ def programs(config: RunConfig, work: tuple[str, ...], mesh: Any, params: Any, b
     teach: Any = {}
     if get_stage(config.stage).teacher:
         where = train_step.teacher_shardings(config, mesh)
-        make = jax.jit(lambda key: teacher.init(key, config.teacher), out_shardings=where)
-        teach = make(jax.random.key(config.seed))
+        teachers = distill.run_teachers(config)
+
+        def random(key: jax.Array) -> Any:
+            return distill.teacher_tree([teacher.init(key, t.config) for t in teachers])
+
+        teach = jax.jit(random, out_shardings=where)(jax.random.key(config.seed))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     made = {}
     for name in work:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hovle_jax import stages
+from hovle_jax import distill
 from hovle_jax.config import RunConfig
 from hovle_jax.data.image import open_image
 from hovle_jax.data.pack import assemble
@@ -97,7 +97,7 @@ def cosine_map(
             )
         )
     batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-    distances = jax.jit(lambda p, t, b: stages.distill_distances(p, t, b, config))(
+    distances = jax.jit(lambda p, t, b: distill.terms(p, t, b, config)["image"])(
         params, teacher, batch
     )
     grid = model.grid // model.shuffle

@@ -1,6 +1,6 @@
 """Hugging Face directory -> native directory, one tensor in memory at a time.
 
-    OUT/ (HoVLE, LLM)  config.json  params/  tokenizer/  unused.safetensors
+    OUT/ (HoVLE, LLM, tower)  config.json  params/  tokenizer/  unused.safetensors
     OUT/llm/  OUT/teacher/          the same, for an InternVL
 
 `unused.safetensors` keeps what the released file holds and nothing reads, so that an export can
@@ -54,7 +54,7 @@ def import_directory(source: str | Path, out: str | Path) -> list[Path]:
     size = sum(t.stop - t.start for t in hub.tensors.values())
     progress = Progress("import: tensors", sum(len(p.rows) for p in hub.parts.values()), 10)
     single = len(hub.parts) == 1
-    names = {"model": "" if single else "llm", "teacher": "teacher"}
+    names = {kind: "" for kind in hub.parts} if single else {"model": "llm", "teacher": "teacher"}
     done = 0
     with new_directory(out, size) as partial:
         for kind, part in hub.parts.items():

@@ -6,6 +6,7 @@ What is understood, by config.json:
     embedding_layers            HoVLE exported as one Llama ('fused')      one part: model
     vision_config               InternVL (custom or transformers' names)   two parts: model, teacher
     internlm2, llama, qwen2     an LLM                                     one part: model
+    siglip, dinov3_vit ...      a vision tower (hf.teachers)               one part: teacher
 
 The model part of InternVL and of an LLM holds `decoder/*` and the text table only.
 """
@@ -35,11 +36,12 @@ from hovle_jax.hf.configs import (
 )
 from hovle_jax.hf.section import Section
 from hovle_jax.hf.shards import Tensor, open_shards, read_tensor, same_bytes
+from hovle_jax.hf.teachers import HUB_TEACHERS, HubTeacher, preprocessor
 from hovle_jax.hf.tokens import check_ids, token_ids
 
 CONFIG = "config.json"
 # Buffers that old transformers saved; they are computed, not learned.
-_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
+_COMPUTED = r".*\.rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class HubDirectory:
     data: DataConfig | None  # chat template and tile limits, of models that have them
     parts: dict[str, Part]  # by "model" and "teacher"
     tensors: dict[str, Tensor]
+    ignored: str = ""  # regex over tensors that are nobody's
 
     def part(self, kind: str) -> Part:
         if kind not in self.parts:
@@ -106,7 +109,8 @@ class HubDirectory:
         """
         rows = [row for part in self.parts.values() for row in part.rows]
         known = {name for row in rows for name in row.tensors}
-        extra = [n for n in self.tensors if n not in known and not _COMPUTED.fullmatch(n)]
+        idle = re.compile(f"{_COMPUTED}|{self.ignored}")
+        extra = [n for n in self.tensors if n not in known and not idle.fullmatch(n)]
         self._check(rows, extra)
 
     def _check(self, rows: Any, extra: Any = ()) -> None:
@@ -167,6 +171,8 @@ def open_directory(directory: str | Path) -> HubDirectory:
     if not is_hugging_face(path):
         raise UserError(f"{path}: is a native directory already")
     kind = raw.get("model_type")
+    if isinstance(kind, str) and kind in HUB_TEACHERS:
+        return _open_teacher(path, raw, HUB_TEACHERS[kind])
     known = isinstance(kind, str) and kind in names.FAMILIES
     if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and not known:
         if kind in ("hovle", "internvl_chat", "internvl"):
@@ -176,7 +182,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
             )
         raise UserError(
             f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, "
-            + ", ".join(names.FAMILIES)
+            + ", ".join([*names.FAMILIES, *HUB_TEACHERS])
         )
     tensors, tokens = open_shards(path), token_ids(path)
     try:
@@ -188,6 +194,16 @@ def open_directory(directory: str | Path) -> HubDirectory:
     assert isinstance(config, ModelConfig)
     check_ids(config, path)
     return HubDirectory(path, dict(raw), data, parts, tensors)
+
+
+def _open_teacher(path: Path, raw: Section, form: HubTeacher) -> HubDirectory:
+    tensors = open_shards(path)
+    try:
+        config = form.config(raw, preprocessor(path))
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: {error}") from None
+    part = Part(config, tuple(form.rows(config, tensors)))
+    return HubDirectory(path, dict(raw), None, {"teacher": part}, tensors, form.ignored)
 
 
 def _parts(

@@ -1,19 +1,12 @@
-"""Stage I's vision teacher: InternViT, pixel shuffle and mlp1 into the LLM's input space.
+"""Stage I's vision teachers as pure functions: any tower of the registry, by `config.kind`.
 
-The tensors and the arithmetic are InternVL2's (spec section 7): pre-norm layers with LayerScale and
-full attention, no final norm, class token dropped, then LayerNorm - linear - GELU - linear.
-
-Inside, the class token comes after the patches and padding after that: what is cut off lies at the
-end, where it costs no copy, and attention does not ask for an order.
-
-    ... leading axes   P patches   T tokens per tile   C teacher width   E LLM width
+... leading axes   P patches   T tokens per tile   C tower width   E width of the features
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,148 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import TeacherConfig
-from hovle_jax.nn.attention import aligned, attend_all
-from hovle_jax.nn.embedding import normalize_pixels, patchify, pixel_shuffle, resize_positions
-from hovle_jax.nn.layers import Linear, RMSNorm, axis_names, named
-from hovle_jax.sharding import constrain
+from hovle_jax.nn import dinov3, internvit, siglip  # noqa: F401  (they register themselves)
+from hovle_jax.nn.layers import axis_names
+from hovle_jax.nn.vit import TEACHERS
 
-MLP1_EPS = 1e-5  # torch's LayerNorm default, whatever the tower's own epsilon is
-
-
-def _layer_norm(eps: float, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=eps,
-        name=name,
-        scale_init=named(nn.initializers.ones, "norm"),
-        bias_init=named(nn.initializers.zeros, "norm"),
-    )
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function, in float32.
-
-    jax.nn.gelu takes erfc, which has two branches: TPU stores which one each value takes, a pass
-    over the widest activation of the layer. erf has one, and this form is PyTorch's.
-    """
-    wide = x.astype(jnp.float32)
-    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
-class HeadLinear(nn.Module):
-    """`Linear` from or to heads, which are two axes of the kernel and one of the activations.
-
-    As an axis of their own, heads of 64 would fill half a register; TPU turns the whole array
-    around to avoid that.
-    """
-
-    inputs: tuple[int, ...]
-    features: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float
-    bias: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = named(nn.initializers.normal(self.std), *self.axes)
-        kernel = self.param("kernel", init, self.inputs + self.features, jnp.float32)
-        y = x @ kernel.astype(x.dtype).reshape(x.shape[-1], -1)
-        if self.bias:
-            zeros = named(nn.initializers.zeros, *self.axes[len(self.inputs) :])
-            bias = self.param("bias", zeros, self.features, jnp.float32)
-            y = y + bias.astype(x.dtype).reshape(-1)
-        return y
-
-
-class LayerScale(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = named(nn.initializers.constant(0.1), "norm")
-        return x * self.param("scale", init, (x.shape[-1],), jnp.float32).astype(x.dtype)
-
-
-class TeacherLayer(nn.Module):
-    config: TeacherConfig
-    length: int  # places that are no padding
-
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        c = self.config
-        size = c.hidden_size // c.num_heads
-        width, split = (c.hidden_size,), (c.num_heads, size)
-
-        def norm(name: str) -> Any:
-            return (
-                RMSNorm(c.norm_eps, name=name) if c.norm == "rms" else _layer_norm(c.norm_eps, name)
-            )
-
-        def project(name: str) -> jax.Array:
-            axes = ("embed", "heads", "head_dim")
-            z = HeadLinear(width, split, axes, c.initializer_range, c.qkv_bias, name=name)(y)
-            if c.qk_norm and name != "v":  # over the full width, not per head
-                z = RMSNorm(c.norm_eps, name=f"{name}_norm")(z)
-            return z
-
-        y = norm("norm1")(x).astype(x.dtype)
-        y = attend_all(project("q"), project("k"), project("v"), size, self.length)
-        axes = ("heads", "head_dim", "embed")
-        y = HeadLinear(split, width, axes, c.initializer_range, True, name="o")(y)
-        x = x + LayerScale(name="ls1")(y)
-        y = norm("norm2")(x).astype(x.dtype)
-        y = Linear(
-            (c.intermediate_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1"
-        )(y)
-        # The barrier leaves GELU with fc1; else it and both products become one, slower, fusion.
-        y = jax.lax.optimization_barrier(gelu(constrain(y, "batch", "length", "mlp")))
-        y = Linear((c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2")(
-            y
-        )
-        # Left alone, the compiler keeps the weights split and sums activations over all devices.
-        return constrain(x + LayerScale(name="ls2")(y), "batch", "length", "act_embed"), None
-
-
-class Teacher(nn.Module):
-    config: TeacherConfig
-
-    @nn.compact
-    def __call__(self, pixels: jax.Array) -> dict[str, jax.Array]:
-        """[N, H, W, 3] -> {"hidden" [N, 1 + P, C], "features" [N, T, E]}."""
-        c = self.config
-        x = patchify(normalize_pixels(pixels, c.dtype, c.mean, c.std), c.patch_size)
-        axes = ("patch", "patch", "patch", "embed")
-        x = Linear((c.hidden_size,), axes, c.initializer_range, bias=True, name="patch")(x)
-        init = named(nn.initializers.normal(c.initializer_range), "patch", "embed")
-        class_token = self.param("class", init, (1, c.hidden_size), jnp.float32)
-        table = self.param("position", init, (c.grid**2 + 1, c.hidden_size), jnp.float32)
-        grid = (pixels.shape[-3] // c.patch_size, pixels.shape[-2] // c.patch_size)
-        x = x + resize_positions(table[1:], grid).astype(x.dtype)
-        last = (class_token + table[:1]).astype(x.dtype)
-        patches, length = x.shape[1], x.shape[1] + 1
-        last = jnp.pad(last, ((0, aligned(length) - length), (0, 0)))
-        x = jnp.concatenate([x, jnp.broadcast_to(last, (len(x), *last.shape))], axis=1)
-        x = constrain(x, "batch", "length", "act_embed")
-        layers = nn.scan(
-            TeacherLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-            metadata_params={"name": "layers"},
-        )
-        x, _ = layers(c, length, name="layers")(x, None)
-        patch, last = x[:, :patches], x[:, patches:length]
-        return {"hidden": jnp.concatenate([last, patch], axis=1), "features": self._mlp1(patch)}
-
-    def _mlp1(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = pixel_shuffle(x, c.shuffle, c.shuffle_version)
-        x = _layer_norm(MLP1_EPS, "mlp1_norm")(x).astype(x.dtype)
-        x = Linear(
-            (c.out_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="mlp1_fc1"
-        )(x)
-        x = gelu(x)
-        return Linear(
-            (c.out_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="mlp1_fc2"
-        )(x)
+__all__ = ["TEACHERS", "abstract_params", "apply", "init", "param_axes", "targets"]
 
 
 def init(rng: jax.Array, config: TeacherConfig) -> dict[str, Any]:
@@ -180,20 +36,77 @@ def param_axes(config: TeacherConfig) -> dict[str, Any]:
     return axis_names(boxed)
 
 
+def _module(config: TeacherConfig, keep_hidden: bool = False) -> nn.Module:
+    return TEACHERS.find(config.kind)(config, keep_hidden)  # type: ignore[call-arg]
+
+
 def _boxed_init(rng: jax.Array, config: TeacherConfig) -> dict[str, Any]:
     tile = jnp.zeros((1, config.image_size, config.image_size, 3), jnp.uint8)
-    return Teacher(config).init(rng, tile)["params"]
+    whole = dataclasses.replace(config, select_layer=-1)
+    # A teacher may have no parameters.
+    return dict(_module(whole).init(rng, tile).get("params", {}))
 
 
-def apply(params: dict[str, Any], pixels: jax.Array, config: TeacherConfig) -> dict[str, jax.Array]:
-    """pixels [..., H, W, 3] uint8 -> {"hidden" [..., 1 + P, C], "features" [..., T, E]}.
+def apply(
+    params: dict[str, Any], pixels: jax.Array, config: TeacherConfig, *, keep_hidden: bool = False
+) -> dict[str, jax.Array]:
+    """pixels [..., H, W, 3] uint8 -> {"hidden" [..., K + P, C], "features" [..., T, E]}.
 
-    Only the layers up to `select_layer` run (-1: all of them, -2: all but the last, 1: the first).
+    K prefix tokens (class, registers) come first. Only the layers up to `select_layer` run (-1: all
+    of them, -2: all but the last, 1: the first). keep_hidden: and {"layers" [L, ..., P, C]}, what
+    each of them gives.
     """
     lead = pixels.shape[:-3]
-    used = config.select_layer + (config.num_layers + 1 if config.select_layer < 0 else 0)
-    params = params | {"layers": jax.tree.map(lambda x: x[:used], params["layers"])}
-    config = dataclasses.replace(config, num_layers=used)
+    if "layers" in params:
+        used = config.used_layers
+        params = params | {"layers": jax.tree.map(lambda x: x[:used], params["layers"])}
     flat = pixels.reshape(-1, *pixels.shape[-3:])
-    out: Any = Teacher(config).apply({"params": params}, flat)
-    return {k: v.reshape(*lead, *v.shape[1:]) for k, v in out.items()}
+    out: Any = _module(config, keep_hidden).apply({"params": params}, flat)
+    layers = out.pop("layers", None)
+    out = {k: v.reshape(*lead, *v.shape[1:]) for k, v in out.items()}
+    if layers is not None:
+        out["layers"] = layers.reshape(len(layers), *lead, *layers.shape[2:])
+    return out
+
+
+def targets(
+    params: dict[str, Any],
+    pixels: jax.Array,
+    config: TeacherConfig,
+    grid: int,
+    *,
+    layers_grid: int = 0,
+) -> dict[str, jax.Array]:
+    """What a student of grid x grid tokens per tile is held against, float32, without gradient.
+
+    The student's tiles [..., H, W, 3] are resized to the teacher's own size, its features to the
+    student's grid; both only where they differ. -> {"features" [..., grid^2, E]} and, with
+    layers_grid, {"layers" [L, ..., layers_grid^2, C]}.
+    """
+    side = config.image_size
+    if pixels.shape[-3:-1] != (side, side):
+        pixels = resize_pixels(pixels, side)
+    out = apply(params, pixels, config, keep_hidden=layers_grid > 0)
+    sizes = {"features": grid} | ({"layers": layers_grid} if layers_grid else {})
+    found = {name: jax.lax.stop_gradient(out[name]).astype(jnp.float32) for name in sizes}
+    return {name: resize_grid(x, sizes[name]) for name, x in found.items()}
+
+
+def resize_pixels(pixels: jax.Array, side: int) -> jax.Array:
+    """[..., H, W, C] -> [..., side, side, C]: bicubic with antialiasing, as Pillow's up to its
+    intermediate rounding. uint8 stays uint8."""
+    shape = (*pixels.shape[:-3], side, side, pixels.shape[-1])
+    x = jax.image.resize(pixels.astype(jnp.float32), shape, "cubic", antialias=True)
+    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8) if pixels.dtype == jnp.uint8 else x
+
+
+def resize_grid(x: jax.Array, grid: int) -> jax.Array:
+    """[..., g^2, C] -> [..., grid^2, C]: linear between the centres of places, with antialiasing
+    where they become fewer."""
+    *lead, places, width = x.shape
+    side = round(places**0.5)
+    if side == grid:
+        return x
+    x = x.reshape(*lead, side, side, width)
+    x = jax.image.resize(x, (*lead, grid, grid, width), "linear", antialias=True)
+    return x.reshape(*lead, grid * grid, width)

@@ -188,7 +188,19 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.attention",
         "model.loss_chunk",
     }
-    for name in ("stage", "model", "trainable", "lora", "seed", "storage", "data", "optim.moments"):
+    for name in (
+        "stage",
+        "model",
+        "trainable",
+        "lora",
+        "seed",
+        "storage",
+        "data",
+        "optim.name",
+        "optim.moments",
+        "distill",
+        "teachers",
+    ):
         look = operator.attrgetter(name)
         old, new = (flatten({name: to_dict(look(c))}, ".") for c in (stored, config))
         changed = sorted(k for k in new if old[k] != new[k] and k not in free)

@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hovle_jax import lora, sharding, train_step
+from hovle_jax import distill, lora, sharding, train_step
 from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
-from hovle_jax.nn import teacher
 from hovle_jax.stages import get_stage
 from hovle_jax.tpu import chips, hlo
 from hovle_jax.tpu.chips import Chip
@@ -92,7 +91,7 @@ def arguments(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
     _, frozen = train_step.stage_shapes(config)
     teach, teach_shardings = {}, {}
     if get_stage(config.stage).teacher:
-        teach = teacher.abstract_params(config.teacher)
+        teach = train_step.teacher_shapes(config)
         teach_shardings = train_step.teacher_shardings(config, mesh)
     pairs = (
         (train_step.state_shapes(config), train_step.state_shardings(config, mesh)),
@@ -278,13 +277,6 @@ def _trained(config: RunConfig) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def teacher_flops(config: RunConfig) -> float:
-    """Forward matrix FLOPs of the teacher for one row; its attention is not causal."""
-    t, tiles = config.teacher, config.data.tiles
-    layers = t.select_layer + (t.num_layers + 1 if t.select_layer < 0 else 0)
-    places = t.grid**2 + 1
-    width = t.hidden_size
-    per_place = 2.0 * (4 * width * width + 2 * width * t.intermediate_size) + 4.0 * places * width
-    merged = t.shuffle**2 * width
-    head = 2.0 * t.tokens_per_tile * (merged * t.out_size + t.out_size**2)
-    patch = 2.0 * t.grid**2 * 3 * t.patch_size**2 * width
-    return tiles * (layers * places * per_place + head + patch)
+    """Forward matrix FLOPs of the teachers for one row."""
+    teachers = distill.run_teachers(config)
+    return config.data.tiles * sum(t.config.flops_per_tile() for t in teachers)
