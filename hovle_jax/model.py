@@ -15,6 +15,8 @@ Generation uses one cache per stack, because 'post' models keep two lengths:
 
     cache = {"embedding": {"k", "v" [L, B, M, K, D]}, "decoder": {...},
              "lengths": {"embedding": int32 [B], "decoder": int32 [B]}}
+
+(of attention; what layers of other types keep: `nn.stack`)
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from hovle_jax.nn.embedding import (
     take,
 )
 from hovle_jax.nn.layers import LayerInputs, axis_names, rope_tables
+from hovle_jax.nn.stack import needs_segments, pad_places, places_of
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -84,7 +87,8 @@ class HoVLE(nn.Module):
     def _inputs(self, stream: Stream, stack: LayersConfig, capacity: int = 0) -> LayerInputs:
         cos, sin = _rope(stream, stack, capacity)
         mask = visible(stream.segment_ids, stream.position_ids, self.config.attention)
-        return LayerInputs(cos, sin, mask)
+        segments = stream.segment_ids if needs_segments(stack) else None
+        return LayerInputs(cos, sin, mask, segment_ids=segments)
 
     def text(self, ids: jax.Array) -> jax.Array:
         return self.embedding.text(ids)
@@ -101,12 +105,21 @@ class HoVLE(nn.Module):
             x = jnp.where(is_image[..., None], take(features.astype(x.dtype), rank), x)
         return self.decoder(x, self._inputs(short, self.config.decoder))[0]
 
-    def extend(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Text ids [B, S] appended to a cache -> (hidden [B, S, E], the cache, extended)."""
+    def extend(
+        self, ids: jax.Array, cache: Cache, counts: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Text ids [B, S], `counts` [B] of them (default: all), appended to a cache -> (hidden
+        [B, S, E], the cache, extended)."""
+        c = self.config
+
+        def inputs_of(stack: str, config: LayersConfig) -> tuple[Stream, LayerInputs]:
+            places = places_of(config, cache[stack])
+            return cached_inputs(ids, config, cache["lengths"][stack], places, counts)
+
         # One text token is one place in either stream, whatever came before it.
-        stream, inputs = cached_inputs(ids, self.config.embedding, *_growth(cache, "embedding"))
+        stream, inputs = inputs_of("embedding", c.embedding)
         x, e = self.embedding(stream, stream, inputs, None, cache["embedding"])
-        _, inputs = cached_inputs(ids, self.config.decoder, *_growth(cache, "decoder"))
+        _, inputs = inputs_of("decoder", c.decoder)
         hidden, d = self.decoder(x, inputs, cache["decoder"])
         lengths = {k: v + ids.shape[1] for k, v in cache["lengths"].items()}
         return hidden, {"embedding": e["cache"], "decoder": d["cache"], "lengths": lengths}
@@ -151,14 +164,16 @@ def _segment_lengths(stream: Stream) -> jax.Array:
     return jax.vmap(row)(stream.segment_ids, stream.position_ids)
 
 
-def _growth(cache: Cache, stack: str) -> tuple[jax.Array, int]:
-    return cache["lengths"][stack], cache[stack]["k"].shape[2]
-
-
 def cached_inputs(
-    ids: jax.Array, config: LayersConfig, starts: jax.Array, capacity: int
+    ids: jax.Array,
+    config: LayersConfig,
+    starts: jax.Array,
+    capacity: int,
+    counts: jax.Array | None = None,
 ) -> tuple[Stream, LayerInputs]:
     """What a stack's layers need for text ids [B, S] after `starts` [B] tokens in a cache.
+
+    counts: how many of a row's ids are no padding; default: all.
 
     A cache slot is its token's position, so 'not later' also hides slots not yet written.
     """
@@ -166,7 +181,12 @@ def cached_inputs(
     stream = short_stream(ids, jnp.ones_like(ids), positions)
     slots = jnp.broadcast_to(jnp.arange(capacity), (ids.shape[0], capacity))
     mask = causal_mask(stream.segment_ids, jnp.ones_like(slots), positions, slots)
-    return stream, LayerInputs(*_rope(stream, config, capacity), mask, starts)
+    segments = None
+    if needs_segments(config):
+        segments = stream.segment_ids
+        if counts is not None:
+            segments = (jnp.arange(ids.shape[1]) < counts[:, None]).astype(ids.dtype)
+    return stream, LayerInputs(*_rope(stream, config, capacity), mask, starts, segments)
 
 
 # Pure functions: everything outside this file and its modules uses only these.
@@ -262,11 +282,9 @@ def prefill(
     model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True)
     x, extras = _run(model, params, batch, cache_len)
     cache: Cache = {"lengths": {}}
-    for stack in ("embedding", "decoder"):
+    for stack, layers in (("embedding", config.embedding), ("decoder", config.decoder)):
         extra = extras[stack]
-        length = extra["cache"]["k"].shape[2]
-        pad = [(0, 0), (0, 0), (0, extra["capacity"] - length), (0, 0), (0, 0)]
-        cache[stack] = {k: jnp.pad(v, pad) for k, v in extra["cache"].items()}
+        cache[stack] = pad_places(layers, extra["cache"], extra["capacity"])
         cache["lengths"][stack] = extra["lengths"]
     last = jnp.take_along_axis(x, cache["lengths"]["decoder"][:, None, None] - 1, axis=1)[:, 0]
     return logits(params, last), cache
@@ -281,7 +299,7 @@ def extend(
     the right. The cache needs room for S tokens.
     """
     model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True, cached=True)
-    x, new = _run(model, params, ids, cache, method="extend")
+    x, new = _run(model, params, ids, cache, counts, method="extend")
     lengths = {name: length + counts for name, length in cache["lengths"].items()}
     last = jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)[:, 0]
     return logits(params, last), new | {"lengths": lengths}

@@ -5,7 +5,7 @@ What is understood, by config.json:
     embedding_config            HoVLE, HoVLE-HD (released layout)          one part: model
     embedding_layers            HoVLE exported as one Llama ('fused')      one part: model
     vision_config               InternVL (custom or transformers' names)   two parts: model, teacher
-    internlm2, llama, qwen2     an LLM                                     one part: model
+    internlm2, llama, qwen2...  an LLM                                     one part: model
 
 The model part of InternVL and of an LLM holds `decoder/*` and the text table only.
 """
@@ -33,6 +33,7 @@ from hovle_jax.hf.configs import (
     llm_config,
     teacher_config,
 )
+from hovle_jax.hf.families import FAMILIES
 from hovle_jax.hf.section import Section
 from hovle_jax.hf.shards import Tensor, open_shards, read_tensor, same_bytes
 from hovle_jax.hf.tokens import check_ids, token_ids
@@ -167,7 +168,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
     if not is_hugging_face(path):
         raise UserError(f"{path}: is a native directory already")
     kind = raw.get("model_type")
-    known = isinstance(kind, str) and kind in names.FAMILIES
+    known = isinstance(kind, str) and kind in FAMILIES
     if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and not known:
         if kind in ("hovle", "internvl_chat", "internvl"):
             raise UserError(
@@ -175,8 +176,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
                 "vision_config (InternVL)"
             )
         raise UserError(
-            f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, "
-            + ", ".join(names.FAMILIES)
+            f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, " + ", ".join(FAMILIES)
         )
     tensors, tokens = open_shards(path), token_ids(path)
     try:
@@ -227,7 +227,7 @@ def _untied(
     Raises:
       UserError: tied by the LLM's own config, and a head that is not the table.
     """
-    family = names.FAMILIES[config.llm_family]
+    family = FAMILIES.find(config.llm_family)
     own, table = f"{head}{family.head}.weight", f"{body}.{family.table}.weight"
     if own not in tensors:
         return config

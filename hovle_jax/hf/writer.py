@@ -82,8 +82,8 @@ def write_directory(
     describe = {"reference": config_json.hovle_json, "fused": config_json.fused_json}[
         options.flavour
     ]
-    description = describe(config, data, "float32")  # refuses before anything is read
-    rows = table(config)
+    rows = table(config)  # it and the next line refuse before anything is read
+    description = describe(config, data, "float32")
     lacking = sorted({p for row in rows for p in row.native} - stored.paths)
     if lacking:
         raise UserError(

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from hovle_jax.config import TeacherConfig
 from hovle_jax.nn.attention import aligned, attend_all
-from hovle_jax.nn.embedding import normalize_pixels, patchify, pixel_shuffle, resize_positions
+from hovle_jax.nn.compressors import pixel_shuffle
+from hovle_jax.nn.embedding import normalize_pixels, patchify, resize_positions
 from hovle_jax.nn.layers import Linear, RMSNorm, axis_names, named
 from hovle_jax.sharding import constrain
 

@@ -224,9 +224,7 @@ def model_flops(config: RunConfig, *, backward: bool = True) -> float:
     patches = tiles * c.grid**2
     long = tokens + (patches - tiles * c.tokens_per_tile if c.shuffle_loc == "post" else 0)
     vision = 2.0 * patches * 3 * c.patch_size**2 * c.hidden_size
-    if c.projector:
-        width = c.hidden_size
-        vision += 2.0 * tiles * c.tokens_per_tile * (c.shuffle**2 + 1) * width * width
+    vision += 2.0 * tiles * c.tokens_per_tile * c.compressor_params
     forward = {
         "vision": vision,
         "embedding": long * c.flops_per_token(long)["embedding"],
@@ -244,13 +242,10 @@ def model_flops(config: RunConfig, *, backward: bool = True) -> float:
     trains_decoder = "decoder" in trainable
     passes = {name: 3.0 for name in forward}
     if not trains_decoder:
-        attention = (
-            c.decoder.num_layers * 2.0 * tokens**2 * c.decoder.num_heads * c.decoder.head_dim
-        )
         # Without weight gradients a product costs two passes; attention has no weights.
         passes |= {"decoder": 2.0, "head": 2.0}
         if "decoder" in forward:
-            extra += attention
+            extra += tokens * c.decoder.mixing_flops(tokens)
     return rows * (sum(passes[name] * f for name, f in forward.items()) + extra)
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple
 
 from .configuration_hovle import HoVLEConfig, HoVLEEmbeddingConfig, InternLM2Config
@@ -39,12 +40,7 @@ from .modeling_hovle_layers import (
 class HoVLEPreTrainedModel(PreTrainedModel):
     config_class = HoVLEConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "HoVLEDecoderLayer",
-        "VisionEmbeddings",
-        "LlamaDecoderLayer",
-        "Qwen2DecoderLayer",
-    ]
+    _no_split_modules = ["HoVLEDecoderLayer", "VisionEmbeddings"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_attention_backend = True
     _supports_sdpa = True
@@ -252,7 +248,11 @@ class InternLM2ForCausalLM(HoVLEPreTrainedModel):
         )
 
 
-LLMS = {"internlm2": InternLM2ForCausalLM, "llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+def make_llm(config):
+    """InternLM2 is above; other LLMs are transformers' own."""
+    if isinstance(config, InternLM2Config):
+        return InternLM2ForCausalLM(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 @dataclass
@@ -276,7 +276,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, ImageGenerationMixin):
         super().__init__(config)
         first = config.llm_config.num_hidden_layers
         self.embedding_model = HolisticEmbedding(config.embedding_config, first)
-        self.language_model = LLMS[config.llm_config.model_type](config.llm_config)
+        self.language_model = make_llm(config.llm_config)
+        whole = (*self._no_split_modules, *(self.language_model._no_split_modules or ()))
+        self._no_split_modules = sorted(set(whole))
         self.post_init()
 
     def get_input_embeddings(self):

@@ -40,7 +40,7 @@ def rotary_tables(position_ids, config):
     decoding, new tokens use the current length and cached keys keep the one they were made with.
     """
     rope = config.rope_parameters
-    dim = config.hidden_size // config.num_attention_heads
+    dim = config.head_dim
     positions = position_ids.float()
     base = torch.full_like(positions[:, :1], rope["rope_theta"])
     if rope["rope_type"] == "linear":
@@ -80,12 +80,16 @@ class HoVLEAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = True
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         bias = config.attention_bias
         self.wqkv = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
-        self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        width = config.num_attention_heads * self.head_dim
+        self.wo = nn.Linear(width, config.hidden_size, bias=bias)
+        if config.qk_norm:
+            self.q_norm = HoVLERMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = HoVLERMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, rope, attention_mask, past_key_values=None, cache_kwargs=None, **kwargs):
         groups = self.num_key_value_groups
@@ -94,6 +98,8 @@ class HoVLEAttention(nn.Module):
         query, key, value = (
             part.flatten(2, 3).transpose(1, 2) for part in qkv.split((groups, 1, 1), dim=3)
         )
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)
