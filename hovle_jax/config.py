@@ -50,6 +50,8 @@ class LayersConfig:
     qk_norm: bool = False  # RMSNorm over each head of q and of k before they are rotated (Qwen3)
     # Names in nn.layers.LAYER_TYPES, repeated to `num_layers`:
     layer_types: tuple[str, ...] = ("attention",)
+    mask: str = "causal"  # masks.MASKS: who sees later tokens of images
+    positions: str = "1d"  # positions.POSITIONS: where image tokens stand for rotary embedding
     initializer_range: float = 0.02  # std of random weights; small models want about 1/sqrt(width)
 
     @property

@@ -114,7 +114,7 @@ def _layers(
     own = stacks(config)[name]
     ids = jnp.zeros(x.shape[:2], jnp.int32)
     places = places_of(own, cache[name])
-    _, inputs = model.cached_inputs(ids, own, cache["lengths"][name], places)
+    _, inputs = model.cached_inputs(ids, config, name, cache["lengths"], places)
     new = []
     for kind, weights, kept in zip(own.types, params[name]["layers"], cache[name], strict=True):
         layer = Layer(own, config.attention, keep_cache=True, keep_hidden=False, kind=kind)

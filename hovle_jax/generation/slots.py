@@ -77,7 +77,7 @@ def empty(
     cache: dict[str, Any] = {}
     for name, size in capacity:
         cache[name] = empty_cache(stacks(config)[name], slots, size, config.dtype, int8=int8)
-    cache["lengths"] = {name: jnp.zeros(slots, jnp.int32) for name in STACKS}
+    cache["lengths"] = {name: jnp.zeros(slots, jnp.int32) for name in model.length_names(config)}
     return _pinned(
         config,
         State(

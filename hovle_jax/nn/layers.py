@@ -20,7 +20,8 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.config import LayersConfig
-from hovle_jax.nn.attention import attend
+from hovle_jax.nn.attention import Mask, attend
+from hovle_jax.nn.masks import MASKS
 from hovle_jax.nn.quantize import dequantize_heads, quantize_heads
 from hovle_jax.registry import Registry
 from hovle_jax.sharding import constrain, platform
@@ -114,12 +115,14 @@ def rope_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, D/2], for half-split ("rotate_half") rotary embedding.
 
+    positions: [B, S], or [B, S, D/2] where frequencies have their own (`positions.py`).
     `lengths` int [B, S] is the length of the sequence each token belongs to; only dynamic NTK
     scaling reads it, and only past `max_positions` (spec 1.4).
     """
     half = config.head_dim // 2
     exponent = jnp.arange(half, dtype=jnp.float32) / half
-    pos = positions.astype(jnp.float32)[..., None]
+    pos = positions.astype(jnp.float32)
+    pos = pos[..., None] if pos.ndim == 2 else pos
     if config.rope_scaling == "linear":
         pos = pos / config.rope_factor
     base = jnp.asarray(config.rope_theta, jnp.float32)
@@ -162,7 +165,7 @@ class LayerInputs:
 
     cos: jax.Array  # [B, S, D/2]
     sin: jax.Array
-    mask: jax.Array  # attention.visible; bool [B, S, M] with a cache
+    mask: Mask  # attention.visible; bool [B, S, M] with a cache
     starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
     # int [B, S], 0 = padding; only where a layer is of another type than attention:
     segment_ids: jax.Array | None = None
@@ -278,7 +281,7 @@ class Attention(Mixer):
             kv = {name: _write(cache[name], x, inputs.starts) for name, x in new.items()}
         how = self.implementation if cache is None else "xla"
         k, v = (dequantize_heads(kv, name, q.dtype) for name in ("k", "v"))
-        y = attend(q, k, v, inputs.mask, how)
+        y = attend(q, k, v, inputs.mask, how, causal=MASKS.find(c.mask) is None)
         o = Linear(
             (c.hidden_size,),
             ("heads", "head_dim", "embed"),
