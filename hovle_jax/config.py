@@ -132,8 +132,14 @@ class ModelConfig:
                     f"model.{name}.num_layers {stack.num_layers} is not a multiple of the "
                     f"{len(stack.layer_types)} in layer_types"
                 )
-            for kind in stack.period:
-                _layer_type(kind)
+            kinds = [_layer_type(kind) for kind in stack.period]
+            _ask("hovle_jax.nn.positions:POSITIONS", stack.positions)
+            mask = _ask("hovle_jax.nn.masks:MASKS", stack.mask)
+            if mask is not None and not any(kind.masked for kind in kinds):
+                raise UserError(
+                    f"model.{name}.mask={stack.mask!r}: no layer of layer_types {stack.period} "
+                    "can see later tokens"
+                )
         if self.embedding.hidden_size != self.decoder.hidden_size:
             raise UserError("model.embedding.hidden_size must equal model.decoder.hidden_size")
         if self.image_size % self.patch_size:

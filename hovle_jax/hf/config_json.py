@@ -7,7 +7,7 @@ from typing import Any
 
 from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, DataConfig, LayersConfig, ModelConfig
 from hovle_jax.errors import UserError
-from hovle_jax.hf.configs import ID_KEYS
+from hovle_jax.hf.configs import ID_KEYS, IMAGE_MASKS, IMAGE_POSITIONS
 from hovle_jax.hf.families import FAMILIES
 
 _CLASS = "HoVLEForConditionalGeneration"
@@ -22,6 +22,7 @@ def hovle_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
     """
     if c.embedding.qkv_bias != c.embedding.out_bias:
         raise UserError("model.embedding: qkv_bias and out_bias are one setting in this format")
+    _check_exported(c)
     main = f"modeling_hovle.{_CLASS}"
     special = {f"<special_{i}>": c.text_rows + i for i in range(c.special_tokens)}
     return {
@@ -84,6 +85,8 @@ def fused_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
         ("model.shuffle_loc is 'post'", c.shuffle_loc == "pre"),
         ("model.normalize_embeddings stands between the stacks", not c.normalize_embeddings),
         ("the special-token table is separate", not c.special_tokens and not c.table_rows),
+        ("Llama's attention is causal", c.embedding.mask == c.decoder.mask == "causal"),
+        ("Llama's positions are 1-D", c.embedding.positions == c.decoder.positions == "1d"),
         (
             "dynamic rope follows a batch's longest row in Llama",
             c.decoder.rope_scaling != "dynamic",
@@ -200,9 +203,27 @@ def _beyond_release(s: LayersConfig) -> dict[str, Any]:
     return out | {"head_dim": s.head_dim} if wide else out
 
 
+def _check_exported(c: ModelConfig) -> None:
+    """What `hf/remote` computes."""
+    for name, stack in (("embedding", c.embedding), ("decoder", c.decoder)):
+        for field, known in (("mask", IMAGE_MASKS), ("positions", IMAGE_POSITIONS)):
+            value = getattr(stack, field)
+            if value not in known:
+                raise UserError(
+                    f"model.{name}.{field}={value!r}: the exported code has only {', '.join(known)}"
+                )
+            if name == "decoder" and value != known[0] and c.llm_family != "internlm2":
+                raise UserError(
+                    f"model.decoder.{field}={value!r}: exports of family {c.llm_family!r} run "
+                    f"transformers' own LLM, which is {known[0]!r}"
+                )
+
+
 def _layers_json(s: LayersConfig) -> dict[str, Any]:
     scaled = s.rope_scaling != "none"
+    ours = {"image_mask": s.mask, "image_positions": s.positions}
     return {
+        **{k: v for k, v in ours.items() if v not in (IMAGE_MASKS[0], IMAGE_POSITIONS[0])},
         "hidden_act": "silu",
         "hidden_size": s.hidden_size,
         "initializer_range": s.initializer_range,

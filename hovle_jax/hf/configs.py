@@ -26,6 +26,9 @@ ID_KEYS = {
     "img_end_token_id": "img_end_id",
     "im_end_token_id": "im_end_id",
 }
+# What the exported code knows of `LayersConfig.mask` and `positions`; plain ones are not written.
+IMAGE_MASKS = ("causal", "bidirectional", "prefix")
+IMAGE_POSITIONS = ("1d", "2d", "3d")
 _NO_IDS: Ids = MappingProxyType({})
 _DATA_KEYS = (
     *("template", "system_message"),
@@ -275,6 +278,8 @@ def _layers(c: Section, defaults: Any, flags: Mapping[str, Any]) -> LayersConfig
         rms_norm_eps=c.number("rms_norm_eps", defaults["rms_norm_eps"]),
         max_positions=c.count("max_position_embeddings", defaults["max_position_embeddings"]),
         initializer_range=c.number("initializer_range", 0.02),
+        mask=c.one_of("image_mask", IMAGE_MASKS, IMAGE_MASKS[0]),
+        positions=c.one_of("image_positions", IMAGE_POSITIONS, IMAGE_POSITIONS[0]),
         **flags,
         **_rope(c, defaults["rope_theta"]),
     )

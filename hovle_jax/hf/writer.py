@@ -34,7 +34,7 @@ from hovle_jax.hf.tokens import check_ids
 from hovle_jax.run.metrics import Progress
 
 REMOTE = Path(__file__).parent / "remote"
-_SHARED = ("configuration_hovle.py", "modeling_hovle_layers.py")
+_SHARED = ("configuration_hovle.py", "modeling_hovle_layers.py", "modeling_hovle_images.py")
 CODE = {
     "reference": (*_SHARED, "modeling_hovle.py"),
     "fused": (*_SHARED, "modeling_hovle_fused.py"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -198,6 +198,7 @@ class Mixer(nn.Module):
 
     config: LayersConfig
     implementation: str  # of softmax attention
+    masked: ClassVar[bool] = False  # sees the later tokens that `LayersConfig.mask` allows
 
     def __call__(
         self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
@@ -234,7 +235,9 @@ def output_std(config: LayersConfig) -> float:
 
 @LAYER_TYPES.add("attention")
 class Attention(Mixer):
-    """Causal grouped-query softmax attention with rotary positions."""
+    """Grouped-query softmax attention with rotary positions."""
+
+    masked: ClassVar[bool] = True
 
     @staticmethod
     def params(c: LayersConfig) -> int:

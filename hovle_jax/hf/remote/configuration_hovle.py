@@ -30,6 +30,8 @@ class StackConfig(PretrainedConfig):
         rope_theta=10000.0,
         rope_scaling=None,
         rope_parameters=None,
+        image_mask="causal",
+        image_positions="1d",
         **kwargs,
     ):
         kwargs.pop("model_type", None)
@@ -55,6 +57,12 @@ class StackConfig(PretrainedConfig):
             raise ValueError(f"rope_type {rope['rope_type']!r} is not default, linear or dynamic")
         self.rope_theta = rope["rope_theta"]
         self.rope_parameters = rope
+        if image_mask not in ("causal", "bidirectional", "prefix"):
+            raise ValueError(f"image_mask {image_mask!r} is not causal, bidirectional or prefix")
+        if image_positions not in ("1d", "2d", "3d"):
+            raise ValueError(f"image_positions {image_positions!r} is not 1d, 2d or 3d")
+        self.image_mask = image_mask
+        self.image_positions = image_positions
 
 
 class HoVLEEmbeddingConfig(StackConfig):
