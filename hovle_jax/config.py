@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import re
 import types
 import typing
@@ -30,7 +31,7 @@ IGNORE = -100  # label of a token that is not predicted
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """A stack of identical causal transformer layers (spec: InternLM2-1.8B's).
+    """A stack of causal layers (spec: InternLM2-1.8B's), all alike unless `layer_types` differ.
 
     The holistic embedding module and the LLM are both such stacks.
     """
@@ -48,13 +49,37 @@ class LayersConfig:
     max_positions: int = 32768
     qkv_bias: bool = False
     out_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and of k before they are rotated (Qwen3)
+    # Names in nn.layers.LAYER_TYPES, repeated to `num_layers`:
+    layer_types: tuple[str, ...] = ("attention",)
+    mask: str = "causal"  # masks.MASKS: who sees later tokens of images
+    positions: str = "1d"  # positions.POSITIONS: where image tokens stand for rotary embedding
     initializer_range: float = 0.02  # std of random weights; small models want about 1/sqrt(width)
 
-    def params_per_layer(self) -> int:
-        d, h, kv, dh = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
-        attention = d * dh * (h + 2 * kv) + h * dh * d
-        bias = self.qkv_bias * dh * (h + 2 * kv) + self.out_bias * d
-        return attention + bias + 3 * d * self.intermediate_size + 2 * d
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The type of each layer, first to last."""
+        return self.layer_types * (self.num_layers // len(self.layer_types))
+
+    @property
+    def period(self) -> tuple[str, ...]:
+        """The shortest run of types that gives `types` when repeated."""
+        types = self.types
+        sizes = (n for n in range(1, len(types) + 1) if len(types) % n == 0)
+        return next(
+            (types[:n] for n in sizes if types[:n] * (len(types) // n) == types), self.layer_types
+        )
+
+    def params_per_layer(self, kind: str = "attention") -> int:
+        d = self.hidden_size
+        return _layer_type(kind).params(self) + 3 * d * self.intermediate_size + 2 * d
+
+    def params(self) -> int:
+        return sum(map(self.params_per_layer, self.types))
+
+    def mixing_flops(self, context: int) -> float:
+        """Forward FLOPs per token, of all layers, that take no weights: attention's scores."""
+        return sum(_layer_type(kind).mixing_flops(self, context) for kind in self.types)
 
 
 @dataclass(frozen=True)
@@ -73,12 +98,13 @@ class ModelConfig:
     patch_size: int = 14
     shuffle: int = 2
     shuffle_loc: str = "pre"
+    compressor: str = "pixel_shuffle"  # patches of a tile -> its tokens (nn.compressors)
     projector: bool = True  # two-layer MLP after the shuffle; without it `shuffle` must be 1
     table_rows: int = 0  # of the text table; 0 = vocab_size. Ids past it read the table below
     special_tokens: int = 0  # rows of the separate special-token table (0 = no such table)
     initializer_range: float = 0.02  # of everything outside the stacks
     normalize_embeddings: bool = False  # divide the LLM's input by its L2 norm per token
-    llm_family: str = "internlm2"  # internlm2 | llama | qwen2: tensor names in Hugging Face files
+    llm_family: str = "internlm2"  # hf.families: names and flags in Hugging Face files
     tie_head: bool = False  # such files keep the head as the LLM's own input table
     bos_id: int = 1
     eos_id: int = 2
@@ -98,20 +124,36 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("model.llm_family", self.llm_family, ("internlm2", "llama", "qwen2"))
+        _ask("hovle_jax.hf.families:FAMILIES", self.llm_family)
         for name, stack in (("embedding", self.embedding), ("decoder", self.decoder)):
             _one_of(f"model.{name}.rope_scaling", stack.rope_scaling, ("none", "linear", "dynamic"))
             if stack.num_heads % stack.num_kv_heads:
                 raise UserError(f"model.{name}.num_heads must be a multiple of num_kv_heads")
+            if not stack.layer_types or stack.num_layers % len(stack.layer_types):
+                raise UserError(
+                    f"model.{name}.num_layers {stack.num_layers} is not a multiple of the "
+                    f"{len(stack.layer_types)} in layer_types"
+                )
+            kinds = [_layer_type(kind) for kind in stack.period]
+            _ask("hovle_jax.nn.positions:POSITIONS", stack.positions)
+            mask = _ask("hovle_jax.nn.masks:MASKS", stack.mask)
+            if mask is not None and not any(kind.masked for kind in kinds):
+                raise UserError(
+                    f"model.{name}.mask={stack.mask!r}: no layer of layer_types {stack.period} "
+                    "can see later tokens"
+                )
         if self.embedding.hidden_size != self.decoder.hidden_size:
             raise UserError("model.embedding.hidden_size must equal model.decoder.hidden_size")
-        if self.image_size % (self.patch_size * self.shuffle):
+        if self.image_size % self.patch_size:
             raise UserError(
-                f"model.image_size {self.image_size} is not a multiple of patch_size x shuffle "
-                f"({self.patch_size} x {self.shuffle})"
+                f"model.image_size {self.image_size} is not a multiple of patch_size "
+                f"{self.patch_size}"
             )
-        if not self.projector and self.shuffle != 1:
-            raise UserError("model.projector=False needs model.shuffle=1 (nothing restores width)")
+        if self.grid**2 % self.tokens_per_tile and self.shuffle_loc == "post":
+            raise UserError(
+                f"model.shuffle_loc='post' needs as many patches ({self.grid**2}) for each of "
+                f"{self.tokens_per_tile} tokens"
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -129,17 +171,29 @@ class ModelConfig:
     @property
     def tokens_per_tile(self) -> int:
         """`<IMG_CONTEXT>` tokens of one tile in the LLM's sequence (256 for the release)."""
-        return (self.grid // self.shuffle) ** 2
+        return int(self._compressor.tokens_per_tile(self))
+
+    @property
+    def patches_per_token(self) -> int:
+        """Places of 'post' models' long stream that an image token takes."""
+        return self.grid**2 // self.tokens_per_tile
+
+    @property
+    def compressor_params(self) -> int:
+        return int(self._compressor.params(self))
+
+    @property
+    def _compressor(self) -> Any:
+        return _ask("hovle_jax.nn.compressors:COMPRESSORS", self.compressor)
 
     def params(self) -> int:
         """Parameters of the native tree (the released file adds two tensors nothing reads)."""
         d = self.hidden_size
         vision = 3 * self.patch_size**2 * d + d + (self.grid**2 + 1) * d
-        projector = (self.shuffle**2 * d * d + d + d * d + d) if self.projector else 0
         tables = (self.text_rows + self.special_tokens) * d
         head = self.vocab_size * d
-        stacks = sum(s.num_layers * s.params_per_layer() for s in (self.embedding, self.decoder))
-        return vision + projector + tables + stacks + d + head
+        stacks = self.embedding.params() + self.decoder.params()
+        return vision + self.compressor_params + tables + stacks + d + head
 
     def flops_per_token(self, context: int) -> dict[str, float]:
         """Forward matmul FLOPs per token: 'embedding', 'decoder' (with attention), 'head'.
@@ -149,9 +203,8 @@ class ModelConfig:
         """
 
         def stack(s: LayersConfig) -> float:
-            matmul = s.params_per_layer() - 2 * s.hidden_size
-            attention = s.num_heads * s.head_dim * context  # QK^T and AV, halved by causality
-            return 2.0 * s.num_layers * (matmul + attention)
+            norms = 2 * s.num_layers * s.hidden_size
+            return 2.0 * (s.params() - norms) + s.mixing_flops(context)
 
         return {
             "embedding": stack(self.embedding),
@@ -427,3 +480,17 @@ def _regex(where: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+
+
+def _ask(registry: str, name: str) -> Any:
+    """What `name` stands for in the registry at "module:NAME".
+
+    Its module lies below this one, because what it registers is made of these settings: it is
+    looked for when a config is made, and not imported with this file.
+    """
+    module, _, attribute = registry.partition(":")
+    return getattr(importlib.import_module(module), attribute).find(name)
+
+
+def _layer_type(kind: str) -> Any:
+    return _ask("hovle_jax.nn.stack:LAYER_TYPES", kind)

@@ -15,6 +15,11 @@ Generation uses one cache per stack, because 'post' models keep two lengths:
 
     cache = {"embedding": {"k", "v" [L, B, M, K, D]}, "decoder": {...},
              "lengths": {"embedding": int32 [B], "decoder": int32 [B]}}
+
+(of attention; what layers of other types keep: `nn.stack`)
+
+A stack whose `positions` are not '1d' has another length, "embedding_index" or "decoder_index":
+where its next token stands for rotary embedding.
 """
 
 from __future__ import annotations
@@ -38,7 +43,11 @@ from hovle_jax.nn.embedding import (
     short_stream,
     take,
 )
+from hovle_jax.nn.images import Tokens
 from hovle_jax.nn.layers import LayerInputs, axis_names, output_axes, rope_tables
+from hovle_jax.nn.masks import reach
+from hovle_jax.nn.positions import POSITIONS, indices, per_frequency
+from hovle_jax.nn.stack import needs_segments, pad_places, places_of
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -65,10 +74,10 @@ class HoVLE(nn.Module):
         if c.shuffle_loc == "post":
             stream = long_stream(short, 0 if pixels is None else pixels.shape[1], c)
         capacity = cache_len and cache_len + stream.ids.shape[1] - short.ids.shape[1]
-        x, extras = self.embedding(
-            short, stream, self._inputs(stream, c.embedding, capacity), pixels
-        )
-        return x, short, extras | {"lengths": _lengths(stream), "capacity": capacity}
+        inputs, following = self._inputs(stream, "embedding", capacity)
+        x, extras = self.embedding(short, stream, inputs, pixels)
+        extras |= {"lengths": _lengths(stream, "embedding", following), "capacity": capacity}
+        return x, short, extras
 
     def __call__(self, batch: Batch, cache_len: int = 0) -> tuple[jax.Array, dict[str, Any]]:
         """Batch -> (hidden states after the final norm [B, S, E], extras of both stacks).
@@ -76,15 +85,28 @@ class HoVLE(nn.Module):
         `cache_len` > 0: the sequence is a prompt that will grow to that many tokens at most.
         """
         x, short, embed_extras = self.embed(batch, cache_len)
-        inputs = self._inputs(short, self.config.decoder, cache_len)
+        inputs, following = self._inputs(short, "decoder", cache_len)
         hidden, extras = self.decoder(x, inputs)
-        extras |= {"lengths": _lengths(short), "capacity": cache_len}
+        extras |= {"lengths": _lengths(short, "decoder", following), "capacity": cache_len}
         return hidden, {"embeddings": x, "embedding": embed_extras, "decoder": extras}
 
-    def _inputs(self, stream: Stream, stack: LayersConfig, capacity: int = 0) -> LayerInputs:
-        cos, sin = _rope(stream, stack, capacity)
-        mask = visible(stream.segment_ids, stream.position_ids, self.config.attention)
-        return LayerInputs(cos, sin, mask)
+    def _inputs(
+        self, stream: Stream, stack: str, capacity: int = 0
+    ) -> tuple[LayerInputs, jax.Array | None]:
+        """What a stack's layers need; and the rotary index [B, L] of text after each token, where
+        that is not its number."""
+        c = self.config
+        own: LayersConfig = getattr(c, stack)
+        tokens = _tokens(stream, c, stack)
+        positions, following, scheme = stream.position_ids, None, POSITIONS.find(own.positions)
+        if scheme is not None:
+            index, following = indices(scheme, tokens)
+            positions = per_frequency(scheme, index, tokens, own.head_dim // 2)
+        cos, sin = _rope(stream, positions, own, capacity)
+        seen = reach(own.mask, tokens)
+        mask = visible(stream.segment_ids, stream.position_ids, c.attention, seen)
+        segments = stream.segment_ids if needs_segments(own) else None
+        return LayerInputs(cos, sin, mask, segment_ids=segments), following
 
     def text(self, ids: jax.Array) -> jax.Array:
         return self.embedding.text(ids)
@@ -99,14 +121,22 @@ class HoVLE(nn.Module):
         if features is not None:
             is_image, rank = image_order(short.ids, self.config)
             x = jnp.where(is_image[..., None], take(features.astype(x.dtype), rank), x)
-        return self.decoder(x, self._inputs(short, self.config.decoder))[0]
+        return self.decoder(x, self._inputs(short, "decoder")[0])[0]
 
-    def extend(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Text ids [B, S] appended to a cache -> (hidden [B, S, E], the cache, extended)."""
+    def extend(
+        self, ids: jax.Array, cache: Cache, counts: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Text ids [B, S], `counts` [B] of them (default: all), appended to a cache -> (hidden
+        [B, S, E], the cache, extended)."""
+
+        def inputs_of(stack: str) -> tuple[Stream, LayerInputs]:
+            places = places_of(getattr(self.config, stack), cache[stack])
+            return cached_inputs(ids, self.config, stack, cache["lengths"], places, counts)
+
         # One text token is one place in either stream, whatever came before it.
-        stream, inputs = cached_inputs(ids, self.config.embedding, *_growth(cache, "embedding"))
+        stream, inputs = inputs_of("embedding")
         x, e = self.embedding(stream, stream, inputs, None, cache["embedding"])
-        _, inputs = cached_inputs(ids, self.config.decoder, *_growth(cache, "decoder"))
+        _, inputs = inputs_of("decoder")
         hidden, d = self.decoder(x, inputs, cache["decoder"])
         lengths = {k: v + ids.shape[1] for k, v in cache["lengths"].items()}
         return hidden, {"embedding": e["cache"], "decoder": d["cache"], "lengths": lengths}
@@ -122,14 +152,32 @@ def _short(batch: Batch) -> Stream:
     return short_stream(ids, segments, positions)
 
 
-def _lengths(stream: Stream) -> jax.Array:
-    """Tokens up to and including the last that is not padding, [B]."""
+def _tokens(stream: Stream, config: ModelConfig, stack: str) -> Tokens:
+    long = stack == "embedding" and config.shuffle_loc == "post"
+    return Tokens(
+        stream.ids,
+        stream.segment_ids,
+        stream.position_ids,
+        config.img_context_id,
+        tile=config.tokens_per_tile * (config.patches_per_token if long else 1),
+        end_of_turn=config.im_end_id,
+    )
+
+
+def _lengths(stream: Stream, stack: str, following: jax.Array | None) -> dict[str, jax.Array]:
+    """A cache's `lengths` of this stack, of tokens up to the last that is not padding."""
     index = jnp.arange(1, stream.ids.shape[1] + 1)
-    return jnp.max(jnp.where(stream.segment_ids > 0, index, 0), axis=1)
+    count = jnp.max(jnp.where(stream.segment_ids > 0, index, 0), axis=1)
+    if following is None:
+        return {stack: count}
+    last = jnp.take_along_axis(following, count[:, None] - 1, axis=1)[:, 0]
+    return {stack: count, f"{stack}_index": last}
 
 
-def _rope(stream: Stream, config: LayersConfig, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the stream's positions."""
+def _rope(
+    stream: Stream, positions: jax.Array, config: LayersConfig, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of positions, of tokens or frequencies (`rope_tables`)."""
     lengths = None
     if (
         config.rope_scaling == "dynamic"
@@ -138,7 +186,7 @@ def _rope(stream: Stream, config: LayersConfig, capacity: int) -> tuple[jax.Arra
         # A growing sequence is rotated once, for the length it may reach: a cache keeps rotated
         # keys, so the table cannot follow the length step by step.
         lengths = jnp.full_like(stream.ids, capacity) if capacity else _segment_lengths(stream)
-    return rope_tables(stream.position_ids, config, lengths)
+    return rope_tables(positions, config, lengths)
 
 
 def _segment_lengths(stream: Stream) -> jax.Array:
@@ -151,22 +199,44 @@ def _segment_lengths(stream: Stream) -> jax.Array:
     return jax.vmap(row)(stream.segment_ids, stream.position_ids)
 
 
-def _growth(cache: Cache, stack: str) -> tuple[jax.Array, int]:
-    return cache["lengths"][stack], cache[stack]["k"].shape[2]
+def length_names(config: ModelConfig) -> tuple[str, ...]:
+    """Keys of a cache's `lengths`."""
+    stacks = {"embedding": config.embedding, "decoder": config.decoder}
+    indexed = (f"{k}_index" for k, s in stacks.items() if POSITIONS.find(s.positions) is not None)
+    return (*stacks, *indexed)
 
 
 def cached_inputs(
-    ids: jax.Array, config: LayersConfig, starts: jax.Array, capacity: int
+    ids: jax.Array,
+    config: ModelConfig,
+    stack: str,
+    lengths: dict[str, jax.Array],
+    capacity: int,
+    counts: jax.Array | None = None,
 ) -> tuple[Stream, LayerInputs]:
-    """What a stack's layers need for text ids [B, S] after `starts` [B] tokens in a cache.
+    """What a stack's layers need for text ids [B, S] after `lengths` of tokens in a cache.
 
-    A cache slot is its token's position, so 'not later' also hides slots not yet written.
+    counts: how many of a row's ids are no padding; default: all.
+
+    A cache slot is its token's position, so 'not later' also hides slots not yet written. Text
+    after the last image of a prompt sees nothing later in any mask.
     """
+    own: LayersConfig = getattr(config, stack)
+    starts = lengths[stack]
     positions = starts[:, None] + jnp.arange(ids.shape[1])
     stream = short_stream(ids, jnp.ones_like(ids), positions)
     slots = jnp.broadcast_to(jnp.arange(capacity), (ids.shape[0], capacity))
     mask = causal_mask(stream.segment_ids, jnp.ones_like(slots), positions, slots)
-    return stream, LayerInputs(*_rope(stream, config, capacity), mask, starts)
+    segments = None
+    if needs_segments(own):
+        segments = stream.segment_ids
+        if counts is not None:
+            segments = (jnp.arange(ids.shape[1]) < counts[:, None]).astype(ids.dtype)
+    if (scheme := POSITIONS.find(own.positions)) is not None:
+        text = dataclasses.replace(_tokens(stream, config, stack), image_id=None)
+        index = positions + (lengths[f"{stack}_index"] - starts)[:, None]
+        positions = per_frequency(scheme, index, text, own.head_dim // 2)
+    return stream, LayerInputs(*_rope(stream, positions, own, capacity), mask, starts, segments)
 
 
 # Pure functions: everything outside this file and its modules uses only these.
@@ -288,12 +358,10 @@ def prefill(
     model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True)
     x, extras = _run(model, params, batch, cache_len)
     cache: Cache = {"lengths": {}}
-    for stack in ("embedding", "decoder"):
+    for stack, layers in (("embedding", config.embedding), ("decoder", config.decoder)):
         extra = extras[stack]
-        length = extra["cache"]["k"].shape[2]
-        pad = [(0, 0), (0, 0), (0, extra["capacity"] - length), (0, 0), (0, 0)]
-        cache[stack] = {k: jnp.pad(v, pad) for k, v in extra["cache"].items()}
-        cache["lengths"][stack] = extra["lengths"]
+        cache[stack] = pad_places(layers, extra["cache"], extra["capacity"])
+        cache["lengths"] |= extra["lengths"]
     last = jnp.take_along_axis(x, cache["lengths"]["decoder"][:, None, None] - 1, axis=1)[:, 0]
     return logits(params, last), cache
 
@@ -307,7 +375,7 @@ def extend(
     the right. The cache needs room for S tokens.
     """
     model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True, cached=True)
-    x, new = _run(model, params, ids, cache, method="extend")
+    x, new = _run(model, params, ids, cache, counts, method="extend")
     lengths = {name: length + counts for name, length in cache["lengths"].items()}
     last = jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)[:, 0]
     return logits(params, last), new | {"lengths": lengths}

@@ -23,8 +23,11 @@ ROWS = ((90, 120), (30, 100, 70))
 LENGTH = 230  # no multiple of the kernel's 128
 
 
-def output_and_gradients(implementation: str):
-    """(output where there are tokens, gradients of q, k and v) of one packed batch."""
+def output_and_gradients(implementation: str, causal: bool = True):
+    """(output where there are tokens, gradients of q, k and v) of one packed batch.
+
+    What is not causal sees up to some later place, often beyond its segment.
+    """
     rng = np.random.default_rng(0)
     segments, positions = np.zeros((2, len(ROWS), LENGTH), np.int32)
     for row, lengths in enumerate(ROWS):
@@ -38,10 +41,12 @@ def output_and_gradients(implementation: str):
         jnp.asarray(rng.normal(size=(len(ROWS), LENGTH, *n, SIZE)), jnp.float32) for n in shapes
     )
     weight *= (segments > 0)[..., None, None]
-    mask = attention.visible(segments, positions, implementation)
+    places = np.arange(LENGTH)
+    reach = np.minimum(places + rng.integers(0, 150, segments.shape), LENGTH - 1).astype(np.int32)
+    mask = attention.visible(segments, positions, implementation, None if causal else reach)
 
     def loss(q, k, v):
-        out = attention.attend(q, k, v, mask, implementation)
+        out = attention.attend(q, k, v, mask, implementation, causal)
         return jnp.sum(out * weight), out
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -52,6 +57,11 @@ def output_and_gradients(implementation: str):
 @pytest.fixture(scope="module")
 def reference():
     return output_and_gradients("xla")
+
+
+@pytest.fixture(scope="module")
+def reaching():
+    return output_and_gradients("xla", causal=False)
 
 
 @pytest.mark.parametrize("kernels", ["one backward kernel", "two backward kernels"])
@@ -75,6 +85,19 @@ def test_splash_over_places_that_are_split(reference):
 def test_blocks_give_the_numbers_of_xla(reference):
     for expected, found in zip(reference, output_and_gradients("blocks"), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_what_is_not_causal(reference, reaching, monkeypatch):
+    """Every implementation sees the later keys that a mask allows; rows and places split, too."""
+    assert np.abs(reaching[0] - reference[0]).max() > 0.1
+    monkeypatch.setattr(flash, "BLOCK", 128)
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1, context=2), jax.devices()[:4])
+    found = {name: output_and_gradients(name, False) for name in ("blocks", "splash_interpret")}
+    with jax.set_mesh(mesh):
+        found["split"] = output_and_gradients("splash_interpret", False)
+    for name, values in found.items():
+        for want, x in zip(reaching, values, strict=True):
+            np.testing.assert_allclose(x, want, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("length, share", [(128, 1.0), (1100, 0.57), (4000, 0.57)])

@@ -198,7 +198,7 @@ def test_weights_are_prepared_once():
     one = request(3, 1, 8)
     run = jax.jit(functools.partial(model.apply, config=config))
     batch = {"input_ids": one.prompt[None], "pixels": one.tiles[None]}
-    expected, got = (np.asarray(run(p, batch)["logits"]) for p in (own, restack(cast)))
+    expected, got = (np.asarray(run(p, batch)["logits"]) for p in (own, restack(cast, config)))
     assert got.tolist() == expected.tolist()
     for prepared, c in ((cast, config), (compute_params(own, PRE), PRE)):
         again = jax.tree.leaves(compute_params(prepared, c))

@@ -72,7 +72,9 @@ def test_int8_weights():
     one = request(3, 2, 1, text=100)
     forward = jax.jit(functools.partial(model.apply, config=config))
     batch = {"input_ids": one.prompt[None], "pixels": one.tiles[None]}
-    exact, near = (np.asarray(forward(p, batch)["logits"][0]) for p in (own, restack(prepared)))
+    exact, near = (
+        np.asarray(forward(p, batch)["logits"][0]) for p in (own, restack(prepared, config))
+    )
     assert np.abs(near - exact).max() < 0.05 * (exact.max() - exact.min())
     assert np.mean(near.argmax(-1) == exact.argmax(-1)) > 0.8
 

@@ -5,6 +5,7 @@ Marked `torch`: needs `pip install .[hf]` (torch 2.13.0 and any transformers fro
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -69,6 +70,82 @@ def test_scores_and_greedy_tokens(name, flavour, tmp_path):
         assert [a.name for a in report.arrays] == [
             f"{what}, {n} tiles" for n in (0, 1, 3) for what in ("logits", "greedy tokens")
         ]
+
+
+STACKS = {
+    "embedding_config": {"image_mask": "bidirectional", "image_positions": "3d"},
+    "llm_config": {"image_mask": "prefix", "image_positions": "2d"},
+}
+
+
+def with_stacks(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    """A copy of a directory whose embedding layers and LLM have other masks and positions."""
+    shutil.copytree(source, target)
+    raw = json.loads((target / "config.json").read_text())
+    for name, keys in STACKS.items():
+        raw[name] |= keys
+    (target / "config.json").write_text(json.dumps(raw))
+    return target
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_and_positions(name, tmp_path):
+    """As here: scores, and greedy tokens from the cache; they are not those of a causal model."""
+    source = with_stacks(MODELS[name], tmp_path / "source")
+    export(source, tmp_path / "out", ExportOptions(), verify=True)
+    checks = json.loads((tmp_path / "out" / "verification.json").read_text())["checks"]
+    assert max(checks["PyTorch against here"].values()) < 1e-4
+    plain = live.compare_live(Verifier(MODELS[name], "float32"), tmp_path / "out")
+    assert [a.passed for a in plain.arrays if a.name.startswith("logits")] == [True, False, False]
+
+
+PADDED = """
+import numpy as np, torch
+from transformers import AutoModelForCausalLM
+given = np.load(sys.argv[2])
+def load(**how):
+    here = dict(trust_remote_code=True, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(sys.argv[1], **here, **how).eval()
+rows = [torch.from_numpy(given[f"ids.{n}"]) for n in (1, 3)]
+pixels = [torch.from_numpy(given[f"pixels.{n}"]) for n in (1, 3)]
+width = max(map(len, rows))
+ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=2) for row in rows])
+mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+model, options = load(), dict(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=2)
+with torch.no_grad():
+    whole = model(input_ids=ids, attention_mask=mask, pixel_values=torch.cat(pixels)).logits
+    eager = load(attn_implementation="eager")
+    also = eager(input_ids=ids, attention_mask=mask, pixel_values=torch.cat(pixels)).logits
+    both = model.generate(
+        input_ids=ids, attention_mask=mask, pixel_values=torch.cat(pixels), **options
+    )
+    for i, row in enumerate(rows):
+        alone = model(input_ids=row[None], pixel_values=pixels[i]).logits[0]
+        print(float((whole[i, width - len(row) :] - alone).abs().max()))
+        print(float((also[i, width - len(row) :] - alone).abs().max()))
+        one = model.generate(input_ids=row[None], pixel_values=pixels[i], **options)
+        print(int((one[0, len(row) :] != both[i, width:]).sum()))
+model.config.embedding_config._attn_implementation = "flash_attention_2"
+for call in (
+    dict(input_ids=rows[0][None], pixel_values=pixels[0]),
+    dict(inputs_embeds=torch.zeros(1, 4, model.config.embedding_config.hidden_size)),
+):
+    try:
+        model(**call)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_padded_prompts_and_what_cannot_be_masked(tmp_path):
+    source = with_stacks(MODELS["pre"], tmp_path / "source")
+    export(source, tmp_path / "out", ExportOptions())
+    np.savez(tmp_path / "in.npz", **live.made_up_prompts(Verifier(source, "float32").config))
+    printed = run_alone(PADDED, tmp_path / "out", tmp_path / "in.npz", cache=tmp_path / "hf")
+    *numbers, flash, embeds = printed.splitlines()[-8:]
+    assert max(map(float, numbers)) < 1e-4
+    assert "needs attn_implementation eager, sdpa or flex" in flash
+    assert "follows from input_ids" in embeds
 
 
 def test_live_from_the_command_line(tmp_path, capsys):

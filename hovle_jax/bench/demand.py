@@ -31,7 +31,7 @@ def row_flops(config: RunConfig, tiles: float, context: int) -> float:
     stage, model, data = get_stage(config.stage), config.model, config.data
     forward = model.flops_per_token(context)
     # In 'post' models every image token is a block of patches in the holistic layers.
-    places = model.shuffle**2 if model.shuffle_loc == "post" else 1
+    places = model.patches_per_token if model.shuffle_loc == "post" else 1
     tokens = data.tokens + (places - 1) * tiles * model.tokens_per_tile
     total = 3 * forward["embedding"] * tokens
     if "decoder" in stage.parts:

@@ -9,7 +9,8 @@ a layer's weights are read in place and its cache is extended in place.
     cache = {"embedding": ({"k", "v" [B, M, K, D]}, ... per layer), "decoder": (...),
              "lengths": {"embedding": int32 [B], "decoder": int32 [B]}}
 
-Caches and matrices may be in int8 (`quantize.py`).
+(of attention; layers of other types: `nn.stack`). Caches and matrices may be in int8
+(`quantize.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 from hovle_jax import model, sharding
 from hovle_jax.config import LayersConfig, ModelConfig
 from hovle_jax.nn.embedding import TextTable
-from hovle_jax.nn.layers import Layer, RMSNorm
+from hovle_jax.nn.layers import RMSNorm
 from hovle_jax.nn.quantize import quantize_kernels
+from hovle_jax.nn.stack import Layer, places_of, put_together, take_apart
 from hovle_jax.tree import flatten
 
 STACKS = ("embedding", "decoder")
@@ -39,20 +41,15 @@ def unstack(params: Any) -> Any:
 
     def layers(name: str) -> Any:
         stacked = params[name]["layers"]
-        if isinstance(stacked, tuple):
-            return stacked
-        count = len(jax.tree.leaves(stacked)[0])
-        return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
+        return stacked if isinstance(stacked, tuple) else take_apart(stacked)
 
     return _replace_layers(params, {name: layers(name) for name in STACKS})
 
 
-def restack(params: Any) -> Any:
+def restack(params: Any, config: ModelConfig) -> Any:
     """What `unstack` was given."""
-    return _replace_layers(
-        params,
-        {name: jax.tree.map(lambda *x: jnp.stack(x), *params[name]["layers"]) for name in STACKS},
-    )
+    together = {name: put_together(c, params[name]["layers"]) for name, c in stacks(config).items()}
+    return _replace_layers(params, together)
 
 
 def _replace_layers(params: Any, layers: dict[str, Any]) -> Any:
@@ -81,8 +78,12 @@ def _shardings(params: Any, config: ModelConfig, mesh: Any) -> Any:
     axes_of = flatten(model.param_axes(config))
 
     def sharding_of(path: Any, x: Any) -> Any:
-        name = "/".join(key.key for key in path if hasattr(key, "key"))
-        axes = axes_of[name.removesuffix("_scale")]
+        keys = [getattr(key, "key", "") for key in path]
+        if "" in keys:  # the number of a layer, which lies in a period of several or in no level
+            place = keys.index("")
+            size = len(stacks(config)[keys[0]].period)
+            keys[place : place + 1] = [f"layer_{path[place].idx % size}"] if size > 1 else []
+        axes = axes_of["/".join(keys).removesuffix("_scale")]
         # Without the axis of stacked layers, and the scales of a matrix without its inputs.
         own = sharding.spec(axes[len(axes) - x.ndim :], x.shape, mesh)
         return jax.sharding.NamedSharding(mesh, own)
@@ -111,12 +112,12 @@ def _layers(
     params: Any, x: jax.Array, cache: Any, config: ModelConfig, name: str
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     own = stacks(config)[name]
-    capacity = cache[name][0]["k"].shape[1]
     ids = jnp.zeros(x.shape[:2], jnp.int32)
-    _, inputs = model.cached_inputs(ids, own, cache["lengths"][name], capacity)
-    layer = Layer(own, config.attention, keep_cache=True, keep_hidden=False)
+    places = places_of(own, cache[name])
+    _, inputs = model.cached_inputs(ids, config, name, cache["lengths"], places)
     new = []
-    for weights, kv in zip(params[name]["layers"], cache[name], strict=True):
-        x, out = layer.apply({"params": weights}, x, inputs, kv)
+    for kind, weights, kept in zip(own.types, params[name]["layers"], cache[name], strict=True):
+        layer = Layer(own, config.attention, keep_cache=True, keep_hidden=False, kind=kind)
+        x, out = layer.apply({"params": weights}, x, inputs, kept)
         new.append(out["cache"])
     return x, tuple(new)

@@ -113,7 +113,7 @@ class Engine:
         self._chunk, self._stops = chunk, stops
         extra = 0
         if config.shuffle_loc == "post":
-            extra = config.tokens_per_tile * (config.shuffle**2 - 1)
+            extra = config.tokens_per_tile * (config.patches_per_token - 1)
         self._longer = extra  # places a tile takes in the embedding's cache beyond the decoder's
         self._tiles = tiles
         self._capacity = {"embedding": capacity + tiles * extra, "decoder": capacity}

@@ -20,7 +20,15 @@ from hovle_jax import model
 from hovle_jax.config import ModelConfig
 from hovle_jax.generation.decode import STACKS, decode_step, restack, stacks
 from hovle_jax.generation.sampling import MAX_TOP, Array, Rows, Sampling, choose, rows
-from hovle_jax.nn.quantize import quantize_heads
+from hovle_jax.nn.stack import (
+    StateArray,
+    as_kept,
+    empty_cache,
+    map_states,
+    pad_places,
+    places_of,
+    take_apart,
+)
 from hovle_jax.sharding import constrain
 
 NO_TOKEN = -1
@@ -68,12 +76,10 @@ def empty(
 ) -> State:
     cache: dict[str, Any] = {}
     for name, size in capacity:
-        c = stacks(config)[name]
-        zeros = jnp.zeros((slots, size, c.num_kv_heads, c.head_dim), config.dtype)
-        layer = {"k": zeros, "v": zeros}
-        cache[name] = (quantize_heads(layer) if int8 else layer,) * c.num_layers
-    cache["lengths"] = {name: jnp.zeros(slots, jnp.int32) for name in STACKS}
+        cache[name] = empty_cache(stacks(config)[name], slots, size, config.dtype, int8=int8)
+    cache["lengths"] = {name: jnp.zeros(slots, jnp.int32) for name in model.length_names(config)}
     return _pinned(
+        config,
         State(
             cache,
             token=jnp.zeros(slots, jnp.int32),
@@ -83,7 +89,7 @@ def empty(
             seen=jnp.zeros((slots, config.vocab_size), bool),
             stop_ids=jnp.full((slots, stops), NO_TOKEN, jnp.int32),
             settings=Rows(*(jnp.asarray(x) for x in rows([Sampling()] * slots, config.vocab_size))),
-        )
+        ),
     )
 
 
@@ -102,17 +108,19 @@ def prefill(
     top: bool,
 ) -> tuple[State, Made]:
     """n prompts into their slots; their first tokens, [n, 1]."""
-    scores, new = model.prefill(restack(params), batch, config, room)
-    return _enter(state, start, scores, new, drawn, top)
+    scores, new = model.prefill(restack(params, config), batch, config, room)
+    return _enter(config, state, start, scores, new, drawn, top)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "room"))
 def prefill_prefix(params: Any, batch: Any, *, config: ModelConfig, room: int) -> model.Cache:
     """The cache of the first part of a prompt, [L, 1, ...]."""
-    cache = model.prefill(restack(params), batch, config, room)[1]
-    axes = ("layers", "batch", "row", "kv_heads", "head_dim")
-    pinned = {name: jax.tree.map(lambda x: constrain(x, *axes), cache[name]) for name in STACKS}
-    return cache | pinned
+    cache = model.prefill(restack(params, config), batch, config, room)[1]
+
+    def pin(array: StateArray, x: jax.Array) -> jax.Array:
+        return constrain(x, "layers", "batch", *array.axes)
+
+    return cache | {name: map_states(c, pin, cache[name]) for name, c in stacks(config).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drawn", "top"), donate_argnames="state")
@@ -130,22 +138,25 @@ def resume(
 ) -> tuple[State, Made]:
     """As `prefill`, of prompts whose first parts are computed: `ids` [n, S] are the rest, of which
     `counts` [n] count."""
-    room = [(0, 0), (0, 0), (0, ids.shape[1]), (0, 0), (0, 0)]
-    cache: dict[str, Any] = {
-        name: {
-            k: jnp.pad(jnp.concatenate([p[name][k] for p in prefixes], axis=1), room)
-            for k in ("k", "v")
-        }
-        for name in STACKS
-    }
+    cache: dict[str, Any] = {}
+    for name, c in stacks(config).items():
+        parts = [p[name] for p in prefixes]
+        whole = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+        cache[name] = pad_places(c, whole, places_of(c, whole) + ids.shape[1])
     lengths = [p["lengths"] for p in prefixes]
     cache["lengths"] = jax.tree.map(lambda *x: jnp.concatenate(x), *lengths)
-    scores, new = model.extend(restack(params), ids, counts, cache, config)
-    return _enter(state, start, scores, new, drawn, top)
+    scores, new = model.extend(restack(params, config), ids, counts, cache, config)
+    return _enter(config, state, start, scores, new, drawn, top)
 
 
 def _enter(
-    state: State, start: Start, scores: jax.Array, new: Any, drawn: bool, top: bool
+    config: ModelConfig,
+    state: State,
+    start: Start,
+    scores: jax.Array,
+    new: Any,
+    drawn: bool,
+    top: bool,
 ) -> tuple[State, Made]:
     """Puts the caches [L, n, ...] of prompts into slots and chooses their first tokens."""
     seen = jnp.zeros(scores.shape, bool)
@@ -159,20 +170,24 @@ def _enter(
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[start.slots].set(new)
 
-    def put_layer(old: dict[str, jax.Array], i: int, name: str) -> dict[str, jax.Array]:
+    def put_state(array: StateArray, old: jax.Array, new: jax.Array) -> jax.Array:
+        if not array.grows:
+            return put(old, new)
         # Places past the slot's end are padding. What the slot held beyond the new places comes
         # later than any token that could look there.
-        size = old["k"].shape[1]
-        layer = {k: x[i][:, :size] for k, x in new[name].items()}
-        layer = quantize_heads(layer) if "k_scale" in old else layer
-        return {k: x.at[start.slots, : layer[k].shape[1]].set(layer[k]) for k, x in old.items()}
+        new = new[:, : old.shape[1]]
+        return old.at[start.slots, : new.shape[1]].set(new)
 
     cache: dict[str, Any] = {"lengths": jax.tree.map(put, state.cache["lengths"], new["lengths"])}
-    for name in STACKS:
-        cache[name] = tuple(put_layer(old, i, name) for i, old in enumerate(state.cache[name]))
+    for name, c in stacks(config).items():
+        old = state.cache[name]
+        entering = tuple(
+            as_kept(before, layer) for before, layer in zip(old, take_apart(new[name]), strict=True)
+        )
+        cache[name] = map_states(c, put_state, old, entering)
     merged = jax.tree.map(put, state._replace(cache={}), fresh)
     made = jax.tree.map(lambda x: x[:, None], made)
-    return _pinned(merged._replace(cache=cache)), _everywhere(made)
+    return _pinned(config, merged._replace(cache=cache)), _everywhere(made)
 
 
 @functools.partial(
@@ -193,8 +208,8 @@ def decode(
     of the caches are read."""
     whole = state.cache
     part = {
-        name: jax.tree.map(lambda x, w=w: x[:, :w], whole[name])
-        for name, w in zip(STACKS, windows, strict=True)
+        name: map_states(c, lambda s, x, w=w: x[:, :w] if s.grows else x, whole[name])
+        for (name, c), w in zip(stacks(config).items(), windows, strict=True)
     }
     state = state._replace(cache=part | {"lengths": whole["lengths"]}, active=state.active & keep)
     blank = _blank(len(state.token), config.vocab_size, top)
@@ -223,7 +238,7 @@ def decode(
             whole[name],
             state.cache[name],
         )
-    return _pinned(state._replace(cache=cache)), _everywhere(made)
+    return _pinned(config, state._replace(cache=cache)), _everywhere(made)
 
 
 def _advance(state: State, scores: jax.Array, drawn: bool, top: bool) -> tuple[State, Made]:
@@ -259,13 +274,13 @@ def _blank(slots: int, vocab_size: int, top: bool) -> Made:
     )
 
 
-def _pinned(state: State) -> State:
+def _pinned(config: ModelConfig, state: State) -> State:
     """The one layout of the slots over a mesh, whatever the compiler would choose."""
-    axes = ("batch", "row", "kv_heads", "head_dim")
-    cache = {
-        name: jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), state.cache[name])
-        for name in STACKS
-    }
+
+    def pin(array: StateArray, x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", *array.axes)
+
+    cache = {name: map_states(c, pin, state.cache[name]) for name, c in stacks(config).items()}
     cache["lengths"] = state.cache["lengths"]
     rest = jax.tree.map(
         lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)),

@@ -7,7 +7,8 @@ from typing import Any
 
 from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, DataConfig, LayersConfig, ModelConfig
 from hovle_jax.errors import UserError
-from hovle_jax.hf.configs import ARCHITECTURES, ID_KEYS
+from hovle_jax.hf.configs import ID_KEYS, IMAGE_MASKS, IMAGE_POSITIONS
+from hovle_jax.hf.families import FAMILIES
 
 _CLASS = "HoVLEForConditionalGeneration"
 _FUSED_CLASS = "HoVLEFusedForConditionalGeneration"
@@ -19,15 +20,9 @@ def hovle_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
     Raises:
       UserError: settings the released layout cannot express.
     """
-    stacks = {"embedding": c.embedding, "decoder": c.decoder}
-    for name, stack in stacks.items():
-        if stack.qkv_bias != stack.out_bias and not (name == "decoder" and c.llm_family == "qwen2"):
-            raise UserError(f"model.{name}: qkv_bias and out_bias are one setting in this format")
-        derived = name == "embedding" or c.llm_family == "internlm2"  # no head_dim in the format
-        if derived and stack.head_dim * stack.num_heads != stack.hidden_size:
-            raise UserError(f"model.{name}: num_heads x head_dim is not hidden_size")
-    if c.llm_family == "qwen2" and not (c.decoder.qkv_bias and not c.decoder.out_bias):
-        raise UserError("model.decoder: Qwen2 has biases in q, k and v and none in o")
+    if c.embedding.qkv_bias != c.embedding.out_bias:
+        raise UserError("model.embedding: qkv_bias and out_bias are one setting in this format")
+    _check_exported(c)
     main = f"modeling_hovle.{_CLASS}"
     special = {f"<special_{i}>": c.text_rows + i for i in range(c.special_tokens)}
     return {
@@ -58,6 +53,7 @@ def hovle_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
             "use_ls": False,
             "use_pixel_shuffle_proj": c.projector,
             **_layers_json(c.embedding),
+            **_beyond_release(c.embedding),
         },
         "eos_token_id": c.eos_id,
         "force_image_size": c.image_size,
@@ -89,11 +85,14 @@ def fused_json(c: ModelConfig, data: DataConfig, dtype: str) -> dict[str, Any]:
         ("model.shuffle_loc is 'post'", c.shuffle_loc == "pre"),
         ("model.normalize_embeddings stands between the stacks", not c.normalize_embeddings),
         ("the special-token table is separate", not c.special_tokens and not c.table_rows),
+        ("Llama's attention is causal", c.embedding.mask == c.decoder.mask == "causal"),
+        ("Llama's positions are 1-D", c.embedding.positions == c.decoder.positions == "1d"),
         (
             "dynamic rope follows a batch's longest row in Llama",
             c.decoder.rope_scaling != "dynamic",
         ),
         ("Llama has biases in q, k, v and o or in none", c.decoder.qkv_bias == c.decoder.out_bias),
+        ("Llama has no norms of q and k", not c.decoder.qk_norm),
     ):
         if not exact:
             raise UserError(f"--flavour fused is not exact for this model: {name}")
@@ -180,17 +179,11 @@ def _auto_map(config: str, base: str, main: str) -> dict[str, str]:
 
 
 def _llm_json(c: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
-    architecture = next(k for k, v in ARCHITECTURES.items() if v == family)
-    bias, head_dim = c.decoder.qkv_bias, c.decoder.head_dim
-    own: dict[str, dict[str, Any]] = {
-        "internlm2": {"bias": bias, "attn_implementation": "eager"},
-        "llama": {"attention_bias": bias, "mlp_bias": False, "head_dim": head_dim},
-        "qwen2": {"use_sliding_window": False, "head_dim": head_dim},
-    }
+    entry = FAMILIES.find(family)
     return {
-        "architectures": [architecture],
+        "architectures": [entry.architecture],
         "model_type": family,
-        **own[family],
+        **entry.write(family, c.decoder),
         "bos_token_id": c.bos_id,
         "eos_token_id": c.eos_id,
         "pad_token_id": c.pad_id,
@@ -202,9 +195,35 @@ def _llm_json(c: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
     }
 
 
+def _beyond_release(s: LayersConfig) -> dict[str, Any]:
+    """Keys of the embedding module that the released code does not know, where they say more than
+    it assumes."""
+    out: dict[str, Any] = {"qk_norm": True} if s.qk_norm else {}
+    wide = s.num_heads * s.head_dim != s.hidden_size
+    return out | {"head_dim": s.head_dim} if wide else out
+
+
+def _check_exported(c: ModelConfig) -> None:
+    """What `hf/remote` computes."""
+    for name, stack in (("embedding", c.embedding), ("decoder", c.decoder)):
+        for field, known in (("mask", IMAGE_MASKS), ("positions", IMAGE_POSITIONS)):
+            value = getattr(stack, field)
+            if value not in known:
+                raise UserError(
+                    f"model.{name}.{field}={value!r}: the exported code has only {', '.join(known)}"
+                )
+            if name == "decoder" and value != known[0] and c.llm_family != "internlm2":
+                raise UserError(
+                    f"model.decoder.{field}={value!r}: exports of family {c.llm_family!r} run "
+                    f"transformers' own LLM, which is {known[0]!r}"
+                )
+
+
 def _layers_json(s: LayersConfig) -> dict[str, Any]:
     scaled = s.rope_scaling != "none"
+    ours = {"image_mask": s.mask, "image_positions": s.positions}
     return {
+        **{k: v for k, v in ours.items() if v not in (IMAGE_MASKS[0], IMAGE_POSITIONS[0])},
         "hidden_act": "silu",
         "hidden_size": s.hidden_size,
         "initializer_range": s.initializer_range,

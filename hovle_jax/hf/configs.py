@@ -12,6 +12,7 @@ from typing import Any
 
 from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
+from hovle_jax.hf.families import FAMILIES, FLAGS, family_of
 from hovle_jax.hf.section import Section
 
 Ids = Mapping[str, Any]
@@ -19,17 +20,15 @@ Ids = Mapping[str, Any]
 # What the classes of the reference and of transformers assume where config.json says nothing.
 _EMBEDDING_DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 4096}
 _LLM_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}
-ARCHITECTURES = {
-    "InternLM2ForCausalLM": "internlm2",
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-}
 # Ids of the chat's tokens that released configs leave to the tokenizer.
 ID_KEYS = {
     "img_start_token_id": "img_start_id",
     "img_end_token_id": "img_end_id",
     "im_end_token_id": "im_end_id",
 }
+# What the exported code knows of `LayersConfig.mask` and `positions`; plain ones are not written.
+IMAGE_MASKS = ("causal", "bidirectional", "prefix")
+IMAGE_POSITIONS = ("1d", "2d", "3d")
 _NO_IDS: Ids = MappingProxyType({})
 _DATA_KEYS = (
     *("template", "system_message"),
@@ -49,7 +48,7 @@ def hovle_config(raw: Section, name: str = "hovle", tokens: Ids = _NO_IDS) -> Mo
         base,
         table_rows=0 if rows == base.vocab_size else rows,
         special_tokens=len(e.section("special_token_maps")) if e.has("special_token_maps") else 0,
-        embedding=_layers(e, _EMBEDDING_DEFAULTS, bias=e.flag("attention_bias", False)),
+        embedding=_layers(e, _EMBEDDING_DEFAULTS, _embedding_flags(e)),
         image_size=e.count("image_size"),
         patch_size=e.count("patch_size", 14),
         shuffle=_shuffle(e) if projector else 1,
@@ -86,19 +85,19 @@ def llm_config(raw: Section, name: str = "llm", tokens: Ids = _NO_IDS) -> ModelC
     family = _family(raw)
     if raw.flag("mlp_bias", False):
         raise UserError(f"{raw.name('mlp_bias')} is not supported")
-    bias = {"internlm2": "bias", "llama": "attention_bias"}.get(family)
-    has_bias = raw.flag(bias, False) if bias else True
-    decoder = _layers(raw, _LLM_DEFAULTS, bias=has_bias, out_bias=has_bias and bias is not None)
+    decoder = _layers(raw, _LLM_DEFAULTS, {})
+    decoder = dataclasses.replace(decoder, **FAMILIES.find(family).read(raw))
     vocab = raw.count("vocab_size")
     ids: dict[str, Any] = {
         f"{key}_id": _first_id(raw, f"{key}_token_id", vocab) for key in ("bos", "eos", "pad")
     }
     ids["pad_id"] = ids["eos_id"] if ids["pad_id"] is None else ids["pad_id"]
+    plain: dict[str, Any] = dict.fromkeys(FLAGS, False)
     return ModelConfig(
         name=name,
         vocab_size=vocab,
         decoder=decoder,
-        embedding=dataclasses.replace(decoder, num_layers=8, qkv_bias=False, out_bias=False),
+        embedding=dataclasses.replace(decoder, num_layers=8, **plain),
         llm_family=family,
         tie_head=raw.flag("tie_word_embeddings", False),
         **{k: v for k, v in ids.items() if v is not None},
@@ -128,12 +127,12 @@ def _family(raw: Section) -> str:
         raise raw.expected("architectures", "a list of names")
     architecture = listed[0] if listed else ""
     kind = "" if architecture else raw.text("model_type", "")
-    family = ARCHITECTURES.get(architecture, kind)
-    if family not in ARCHITECTURES.values():
-        raise UserError(
-            f"LLM {(architecture or family)!r} is not one of {', '.join(ARCHITECTURES)}"
-        )
-    return family
+    return family_of(architecture, kind)
+
+
+def _embedding_flags(e: Section) -> dict[str, Any]:
+    bias = e.flag("attention_bias", False)
+    return {"qkv_bias": bias, "out_bias": bias, "qk_norm": e.flag("qk_norm", False)}
 
 
 def _first_id(raw: Section, key: str, vocab: int) -> int | None:
@@ -253,7 +252,7 @@ def _in_range(c: ModelConfig) -> ModelConfig:
     return c
 
 
-def _layers(c: Section, defaults: Any, *, bias: bool, out_bias: bool | None = None) -> LayersConfig:
+def _layers(c: Section, defaults: Any, flags: Mapping[str, Any]) -> LayersConfig:
     c.one_of("hidden_act", ("silu",), "silu")
     if c.flag("use_sliding_window", False):
         raise UserError(f"{c.name('use_sliding_window')}: attention is over everything before")
@@ -278,9 +277,10 @@ def _layers(c: Section, defaults: Any, *, bias: bool, out_bias: bool | None = No
         intermediate_size=c.count("intermediate_size"),
         rms_norm_eps=c.number("rms_norm_eps", defaults["rms_norm_eps"]),
         max_positions=c.count("max_position_embeddings", defaults["max_position_embeddings"]),
-        qkv_bias=bias,
-        out_bias=bias if out_bias is None else out_bias,
         initializer_range=c.number("initializer_range", 0.02),
+        mask=c.one_of("image_mask", IMAGE_MASKS, IMAGE_MASKS[0]),
+        positions=c.one_of("image_positions", IMAGE_POSITIONS, IMAGE_POSITIONS[0]),
+        **flags,
         **_rope(c, defaults["rope_theta"]),
     )
 

@@ -32,7 +32,7 @@ def rescales(
         longest = max(len(p) + x for p, x in zip(prompts, extra, strict=True)) + new
         return stack.rope_scaling == "dynamic" and longest > stack.max_positions
 
-    grown = config.tokens_per_tile * (config.shuffle**2 - 1)
+    grown = config.tokens_per_tile * (config.patches_per_token - 1)
     post = config.shuffle_loc == "post"
     extra = [len(t) * grown if post else 0 for t in tiles]
     return reaches(config.embedding, extra) or reaches(config.decoder, [0] * len(prompts))

@@ -5,7 +5,7 @@ What is understood, by config.json:
     embedding_config            HoVLE, HoVLE-HD (released layout)          one part: model
     embedding_layers            HoVLE exported as one Llama ('fused')      one part: model
     vision_config               InternVL (custom or transformers' names)   two parts: model, teacher
-    internlm2, llama, qwen2     an LLM                                     one part: model
+    internlm2, llama, qwen2...  an LLM                                     one part: model
     siglip, dinov3_vit ...      a vision tower (hf.teachers)               one part: teacher
 
 The model part of InternVL and of an LLM holds `decoder/*` and the text table only.
@@ -34,6 +34,7 @@ from hovle_jax.hf.configs import (
     llm_config,
     teacher_config,
 )
+from hovle_jax.hf.families import FAMILIES
 from hovle_jax.hf.section import Section
 from hovle_jax.hf.shards import Tensor, open_shards, read_tensor, same_bytes
 from hovle_jax.hf.teachers import HUB_TEACHERS, HubTeacher, preprocessor
@@ -173,7 +174,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in HUB_TEACHERS:
         return _open_teacher(path, raw, HUB_TEACHERS[kind])
-    known = isinstance(kind, str) and kind in names.FAMILIES
+    known = isinstance(kind, str) and kind in FAMILIES
     if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and not known:
         if kind in ("hovle", "internvl_chat", "internvl"):
             raise UserError(
@@ -182,7 +183,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
             )
         raise UserError(
             f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, "
-            + ", ".join([*names.FAMILIES, *HUB_TEACHERS])
+            + ", ".join([*FAMILIES, *HUB_TEACHERS])
         )
     tensors, tokens = open_shards(path), token_ids(path)
     try:
@@ -243,7 +244,7 @@ def _untied(
     Raises:
       UserError: tied by the LLM's own config, and a head that is not the table.
     """
-    family = names.FAMILIES[config.llm_family]
+    family = FAMILIES.find(config.llm_family)
     own, table = f"{head}{family.head}.weight", f"{body}.{family.table}.weight"
     if own not in tensors:
         return config

@@ -18,7 +18,7 @@ from typing import Any
 
 from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.hf.names import Row, _conv, _linear, _reshaped, _same, _unused
+from hovle_jax.hf.rows import Row, conv, linear, reshaped, same, unused
 from hovle_jax.hf.section import Section
 from hovle_jax.registry import Registry
 
@@ -115,7 +115,7 @@ def dinov3_config(raw: Section, pixels: Section) -> TeacherConfig:
 
 def _norm(hf: str, native: str, c: TeacherConfig, layers: int = 0) -> list[Row]:
     parts = (("weight", "scale"), ("bias", "bias"))
-    return [_same(f"{hf}.{a}", f"{native}/{b}", (c.hidden_size,), layers) for a, b in parts]
+    return [same(f"{hf}.{a}", f"{native}/{b}", (c.hidden_size,), layers) for a, b in parts]
 
 
 def _layers(hf: str, names: dict[str, str], c: TeacherConfig) -> list[Row]:
@@ -124,39 +124,39 @@ def _layers(hf: str, names: dict[str, str], c: TeacherConfig) -> list[Row]:
     split = (c.num_heads, e // c.num_heads)
     name = {ours: f"{hf}.{theirs}" for ours, theirs in names.items()}
     rows = [row for part in ("norm1", "norm2") for row in _norm(name[part], f"layers/{part}", c, n)]
-    rows.append(_linear(f"{name['o']}.weight", "layers/o/kernel", (*split, e), 2, n))
-    rows.append(_same(f"{name['o']}.bias", "layers/o/bias", (e,), n))
+    rows.append(linear(f"{name['o']}.weight", "layers/o/kernel", (*split, e), 2, n))
+    rows.append(same(f"{name['o']}.bias", "layers/o/bias", (e,), n))
     for p in "qkv":
-        rows.append(_linear(f"{name[p]}.weight", f"layers/{p}/kernel", (e, *split), 1, n))
+        rows.append(linear(f"{name[p]}.weight", f"layers/{p}/kernel", (e, *split), 1, n))
         if c.qkv_bias and (c.key_bias or p != "k"):
-            rows.append(_reshaped(f"{name[p]}.bias", f"layers/{p}/bias", (e,), split, n))
+            rows.append(reshaped(f"{name[p]}.bias", f"layers/{p}/bias", (e,), split, n))
     for p, kernel in (("fc1", (e, f)), ("gate", (e, f)), ("fc2", (f, e))):
         if p != "gate" or c.gated:
-            rows.append(_linear(f"{name[p]}.weight", f"layers/{p}/kernel", kernel, 1, n))
-            rows.append(_same(f"{name[p]}.bias", f"layers/{p}/bias", kernel[1:], n))
+            rows.append(linear(f"{name[p]}.weight", f"layers/{p}/kernel", kernel, 1, n))
+            rows.append(same(f"{name[p]}.bias", f"layers/{p}/bias", kernel[1:], n))
     return rows
 
 
-def siglip_rows(c: TeacherConfig, tensors: Collection[str], *, linear: bool = False) -> list[Row]:
-    """linear: the patch embedding is a matrix over (row, column, channel), not a convolution."""
+def siglip_rows(c: TeacherConfig, tensors: Collection[str], *, matrix: bool = False) -> list[Row]:
+    """matrix: the patch embedding is a matrix over (row, column, channel), not a convolution."""
     prefix = "vision_model." if any(t.startswith("vision_model.") for t in tensors) else ""
     e, p, patch = c.hidden_size, c.patch_size, f"{prefix}embeddings.patch_embedding"
-    kernel = _linear(f"{patch}.weight", "patch/kernel", (p, p, 3, e), 3)
+    kernel = linear(f"{patch}.weight", "patch/kernel", (p, p, 3, e), 3)
     position = f"{prefix}embeddings.position_embedding.weight"
     attention = {x: f"self_attn.{x}_proj" for x in "qkv"} | {"o": "self_attn.out_proj"}
     other = {"norm1": "layer_norm1", "norm2": "layer_norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     layer = f"{prefix}encoder.layers.{{i}}"
     return [
-        kernel if linear else _conv(f"{patch}.weight", "patch/kernel", p, e),
-        _same(f"{patch}.bias", "patch/bias", (e,)),
-        _same(position, "position", (c.grid**2, e)),
+        kernel if matrix else conv(f"{patch}.weight", "patch/kernel", p, e),
+        same(f"{patch}.bias", "patch/bias", (e,)),
+        same(position, "position", (c.grid**2, e)),
         *_layers(layer, attention | other | {"gate": "mlp.gate"}, c),
         *_norm(f"{prefix}post_layernorm", "norm", c),
     ]
 
 
 def naflex_rows(c: TeacherConfig, tensors: Collection[str]) -> list[Row]:
-    return siglip_rows(c, tensors, linear=True)
+    return siglip_rows(c, tensors, matrix=True)
 
 
 def dinov3_rows(c: TeacherConfig, tensors: Collection[str]) -> list[Row]:
@@ -166,19 +166,19 @@ def dinov3_rows(c: TeacherConfig, tensors: Collection[str]) -> list[Row]:
     attention = {x: f"attention.{x}_proj" for x in "qkvo"}
     mlp = {"fc1": "mlp.up_proj", "gate": "mlp.gate_proj", "fc2": "mlp.down_proj"}
     rows = [
-        _conv(f"{patch}.weight", "patch/kernel", c.patch_size, e),
-        _same(f"{patch}.bias", "patch/bias", (e,)),
-        _reshaped("embeddings.cls_token", "class", (1, 1, e), (1, e)),
+        conv(f"{patch}.weight", "patch/kernel", c.patch_size, e),
+        same(f"{patch}.bias", "patch/bias", (e,)),
+        reshaped("embeddings.cls_token", "class", (1, 1, e), (1, e)),
         *_layers(layer, attention | mlp | {"norm1": "norm1", "norm2": "norm2"}, c),
         *_norm("norm", "norm", c),
     ]
     for k in "12":
-        rows.append(_same(f"{layer}.layer_scale{k}.lambda1", f"layers/ls{k}/scale", (e,), n))
+        rows.append(same(f"{layer}.layer_scale{k}.lambda1", f"layers/ls{k}/scale", (e,), n))
     registers, shape = "embeddings.register_tokens", (c.registers, e)
     if c.registers:
-        rows.append(_reshaped(registers, "registers", (1, *shape), shape))
+        rows.append(reshaped(registers, "registers", (1, *shape), shape))
     elif registers in tensors:
-        rows.append(_unused(registers, (1, *shape)))
+        rows.append(unused(registers, (1, *shape)))
     return rows
 
 

@@ -41,6 +41,7 @@ from hovle_jax.hf.cases import (
 from hovle_jax.hf.dynamic_rope import recompute, rescales, stretched_rows
 from hovle_jax.hf.gradients import compare_gradients, hub_gradients
 from hovle_jax.nn import embedding, teacher
+from hovle_jax.nn.compressors import pixel_shuffle
 from hovle_jax.tree import flatten, unflatten
 
 Batch = dict[str, Any]
@@ -241,9 +242,7 @@ class Verifier:
                 before = patches.reshape(
                     -1, (batch["pixels"].shape[-2] // config.patch_size) ** 2, patches.shape[-1]
                 )
-            ours["pixel_shuffle"] = np.asarray(
-                embedding.pixel_shuffle(jnp.asarray(before), config.shuffle)
-            )
+            ours["pixel_shuffle"] = np.asarray(pixel_shuffle(jnp.asarray(before), config.shuffle))
         return ours
 
     def _losses(
@@ -405,7 +404,7 @@ class Verifier:
                 ours = run("v2", -1)["hidden"][:, 0]
             elif m := re.fullmatch(r"out\.pixel_shuffle_(v\d)", key):
                 hidden = run("v2", config.select_layer)["hidden"][:, 1:]
-                shuffled = embedding.pixel_shuffle(jnp.asarray(hidden), config.shuffle, m[1])
+                shuffled = pixel_shuffle(jnp.asarray(hidden), config.shuffle, m[1])
                 ours = np.asarray(shuffled)
                 ours = ours.reshape(expected.shape) if ours.size == expected.size else ours
             elif m := re.fullmatch(r"out\.extract_feature(?:_(v\d))?(?:_select(-?\d+))?", key):

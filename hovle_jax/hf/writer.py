@@ -34,7 +34,7 @@ from hovle_jax.hf.tokens import check_ids
 from hovle_jax.run.metrics import Progress
 
 REMOTE = Path(__file__).parent / "remote"
-_SHARED = ("configuration_hovle.py", "modeling_hovle_layers.py")
+_SHARED = ("configuration_hovle.py", "modeling_hovle_layers.py", "modeling_hovle_images.py")
 CODE = {
     "reference": (*_SHARED, "modeling_hovle.py"),
     "fused": (*_SHARED, "modeling_hovle_fused.py"),
@@ -82,8 +82,8 @@ def write_directory(
     describe = {"reference": config_json.hovle_json, "fused": config_json.fused_json}[
         options.flavour
     ]
-    description = describe(config, data, "float32")  # refuses before anything is read
-    rows = table(config)
+    rows = table(config)  # it and the next line refuse before anything is read
+    description = describe(config, data, "float32")
     lacking = sorted({p for row in rows for p in row.native} - stored.paths)
     if lacking:
         raise UserError(

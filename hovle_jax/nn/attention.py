@@ -4,9 +4,12 @@
 
 A query sees a key when both belong to the same segment and the key's position is not later.
 Positions restart in every segment, so one rule serves packed rows, padding (segment 0) and caches.
+Masks over images (`masks.py`) put the place of the last token that a query sees in the place of its
+own: its *reach*.
 
     xla      softmax over every key; the reference, and what caches use
-    blocks   the same a block of queries at a time over the keys up to its end; whole rows only
+    blocks   the same a block of queries at a time over the keys up to its end (over all of them
+             where some are seen before their turn); whole rows only
     splash   Pallas flash attention on TPU: scores stay on the chip; whole rows only, where a place
              in the row says as much as a position does
     auto     splash where the program is for TPU, blocks for CPU, else xla
@@ -42,25 +45,38 @@ def causal_mask(
     return same & (q_positions[:, :, None] >= kv_positions[:, None, :])
 
 
-def visible(segment_ids: jax.Array, position_ids: jax.Array, implementation: str) -> jax.Array:
-    """What `attend` takes as `mask` for whole rows [B, S]: segment ids for splash, else a mask."""
+# bool [B, S, M], or for splash segment ids [B, S], with the reach where it is not causal
+Mask = jax.Array | tuple[jax.Array, jax.Array]
+
+
+def visible(
+    segment_ids: jax.Array,
+    position_ids: jax.Array,
+    implementation: str,
+    reach: jax.Array | None = None,
+) -> Mask:
+    """What `attend` takes as `mask` for whole rows [B, S]; `reach` [B, S] if it is not causal."""
     if _resolve(implementation).startswith("splash"):
-        return segment_ids
-    return causal_mask(segment_ids, segment_ids, position_ids, position_ids)
+        return segment_ids if reach is None else (segment_ids, reach)
+    if reach is None:
+        return causal_mask(segment_ids, segment_ids, position_ids, position_ids)
+    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    return causal_mask(segment_ids, segment_ids, reach, places)
 
 
 def attend(
     q: jax.Array,  # [B, S, K * G, D]
     k: jax.Array,  # [B, M, K, D]
     v: jax.Array,  # [B, M, K, D]
-    mask: jax.Array,  # bool [B, S, M], or segment ids [B, S] for splash: `visible`
+    mask: Mask,  # `visible`
     implementation: str = "xla",
+    causal: bool = True,  # False: the mask may let a query see later keys
 ) -> jax.Array:
     """Grouped-query softmax attention, scaled by 1/sqrt(D): [B, S, K * G, D] in q's dtype.
 
     Query heads are ordered (kv head, group), as InternLM2's `wqkv` packs them.
     """
-    return IMPLEMENTATIONS[_resolve(implementation)](q, k, v, mask)
+    return IMPLEMENTATIONS[_resolve(implementation)](q, k, v, mask, causal)
 
 
 def _resolve(implementation: str) -> str:
@@ -72,18 +88,22 @@ def _resolve(implementation: str) -> str:
     return implementation
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
     return checkpoint_name(_softmax(q, k, v, mask), "attention_out")
 
 
-def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
     """Half the scores are never made, and those of a block fit a CPU's cache."""
     q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
     length = q.shape[1]
     block = max(128, -(-length // 8))  # each is compiled: eight at most
     ends = [(i, min(i + block, length)) for i in range(0, length, block)]
-    parts = [_softmax(q[:, i:j], k[:, :j], v[:, :j], mask[:, i:j, :j]) for i, j in ends]
+    parts = [
+        _softmax(q[:, i:j], k[:, :m], v[:, :m], mask[:, i:j, :m])
+        for i, j in ends
+        for m in [j if causal else length]
+    ]
     return checkpoint_name(jnp.concatenate(parts, axis=1), "attention_out")
 
 
@@ -97,7 +117,7 @@ def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.A
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool, *, interpret: bool = False
 ) -> jax.Array:
     """Each device runs the kernel on whole rows of its own heads.
 
@@ -112,13 +132,15 @@ def _splash(
 
     groups = q.shape[1] // k.shape[1]
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array]:
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array) -> tuple[jax.Array]:
         if q.shape[1] != groups * k.shape[1]:  # query heads are split, their kv heads are not
             raise UserError("config.mesh: tensor x context must divide the number of kv heads")
-        return (flash.attention(q, k, v, segments, interpret),)
+        return (flash.attention(q, k, v, *mask, interpret=interpret),)
 
-    ins = heads, kv_heads, kv_heads, ("batch", "row")
-    (out,) = per_shard(kernel, ins, [(heads, q.shape)])(q, k, v, segment_ids)
+    per_token = mask if isinstance(mask, tuple) else (mask,)
+    assert causal == (len(per_token) == 1)
+    ins = heads, kv_heads, kv_heads, *[("batch", "row")] * len(per_token)
+    (out,) = per_shard(kernel, ins, [(heads, q.shape)])(q, k, v, *per_token)
     return out.swapaxes(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""The LLM behind the holistic embedding: a Llama-shaped decoder (InternLM2, Llama, Qwen2).
+"""The LLM behind the holistic embedding: a Llama-shaped decoder (`hf.families`).
 
 Token embedding is not here: HoVLE's LLM reads vectors, whatever modality they came from.
 """
@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 
 from hovle_jax.config import ModelConfig
-from hovle_jax.nn.layers import Cache, LayerInputs, Linear, RMSNorm, layer_stack
+from hovle_jax.nn.layers import Cache, LayerInputs, Linear, RMSNorm
+from hovle_jax.nn.stack import layer_stack, run_stack
 
 
 class Decoder(nn.Module):
@@ -37,7 +38,7 @@ class Decoder(nn.Module):
         self, x: jax.Array, inputs: LayerInputs, cache: Cache | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """LLM input [B, S, E] -> (hidden states after the final norm [B, S, E], extras)."""
-        x, extras = self.layers(x, inputs, cache)
+        x, extras = run_stack(self.layers, x, inputs, cache)
         if self.is_initializing():
             self.head(x)  # the head is applied by losses and decoding, from its kernel
         return self.norm(x), extras

@@ -1,11 +1,11 @@
 """The holistic embedding module: pixels and token ids -> vectors the LLM reads as its own.
 
-    tiles -> patch embedding + position -> ['pre': shuffle + projector] --+
+    tiles -> patch embedding + position -> ['pre': compressor] -----------+
     ids   -> text table --------------------------------------------------+-> causal layers
-          -> ['post': shuffle + projector on image positions] -> LLM input
+          -> ['post': compressor on image positions] -> LLM input
 
     B rows   S tokens   N tiles per row   P patches per tile   T tokens per tile   E width
-    R = shuffle^2 patches become one token (P = R T)   Z = S + N (P - T), the long stream
+    R patches become one token (P = R T)   Z = S + N (P - T), the long stream
 
 'post' (HoVLE-HD) runs the layers over the *long stream*, in which a tile takes P places instead of
 T. The long stream is computed here from the short one, so data, packing and labels know one stream.
@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
-from hovle_jax.nn.layers import Cache, LayerInputs, Linear, layer_stack, named
+from hovle_jax.nn.compressors import COMPRESSORS
+from hovle_jax.nn.layers import Cache, LayerInputs, Linear, named
+from hovle_jax.nn.stack import layer_stack, run_stack
 from hovle_jax.sharding import constrain
 
 
@@ -46,21 +48,6 @@ def patchify(pixels: jax.Array, patch: int) -> jax.Array:
     x = pixels.reshape(*lead, h // patch, patch, w // patch, patch, c)
     x = jnp.swapaxes(x, -4, -3)
     return x.reshape(*lead, (h // patch) * (w // patch), patch, patch, c)
-
-
-def pixel_shuffle(x: jax.Array, factor: int, version: str = "v2") -> jax.Array:
-    """[..., g*g, C] -> [..., (g/f)^2, f*f*C]: each f x f block of places becomes one.
-
-    Channels are ordered (row offset, column offset, channel). InternVL's 'v1' leaves the places in
-    column-major order (spec 1.5).
-    """
-    *lead, places, c = x.shape
-    g = math.isqrt(places)
-    x = x.reshape(*lead, g // factor, factor, g // factor, factor, c)
-    x = jnp.swapaxes(x, -4, -3)  # [..., row, column, row offset, column offset, C]
-    if version == "v1":
-        x = jnp.swapaxes(x, -5, -4)
-    return x.reshape(*lead, (g // factor) ** 2, factor * factor * c)
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -107,27 +94,6 @@ class PatchEmbedding(nn.Module):
         return x + resize_positions(table[1:], grid).astype(x.dtype)
 
 
-class Projector(nn.Module):
-    """Pixel shuffle, then linear - GELU (erf) - linear; no norm, unlike InternVL's mlp1."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., P, E] -> [..., T, E]."""
-        c = self.config
-        x = pixel_shuffle(x, c.shuffle)
-        if not c.projector:
-            return x
-        x = Linear((c.hidden_size,), ("embed", "mlp"), c.initializer_range, bias=True, name="fc1")(
-            x
-        )
-        x = jax.nn.gelu(x, approximate=False)
-        return Linear(
-            (c.hidden_size,), ("mlp", "embed"), c.initializer_range, bias=True, name="fc2"
-        )(x)
-
-
 class TextTable(nn.Module):
     """Token vectors; ids past the table read the special-token table or, without one, row 0.
 
@@ -167,11 +133,11 @@ def short_stream(ids: jax.Array, segment_ids: jax.Array, position_ids: jax.Array
 
 
 def long_stream(short: Stream, num_tiles: int, config: ModelConfig) -> Stream:
-    """The stream with shuffle^2 places for every image token, tile by tile in patch order.
+    """The stream with a place for every patch of a tile, tile by tile, in patch order.
 
     Needs positions that count up by one inside each segment, which is what a segment is.
     """
-    ratio = config.shuffle**2
+    ratio = config.patches_per_token
     length = short.ids.shape[1] + num_tiles * config.tokens_per_tile * (ratio - 1)
     width = jnp.where(short.ids == config.img_context_id, ratio, 1)
     ends = jnp.cumsum(width, axis=1)
@@ -216,7 +182,7 @@ class HolisticEmbedding(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.vision = PatchEmbedding(c)
-        self.projector = Projector(c)
+        self.projector = COMPRESSORS.find(c.compressor)(c)
         self.text = TextTable(c)
         self.layers = layer_stack(
             c.embedding,
@@ -254,7 +220,7 @@ class HolisticEmbedding(nn.Module):
             x = jnp.where(is_image[..., None], take(image, rank), x)
         x = constrain(x, "batch", "length", "act_embed")
         extras["embed_input"] = x
-        x, layer_extras = self.layers(x, inputs, cache)
+        x, layer_extras = run_stack(self.layers, x, inputs, cache)
         extras |= layer_extras
         if c.shuffle_loc == "post":
             x, projected = self._to_short(x, short, stream, pixels)
@@ -267,7 +233,7 @@ class HolisticEmbedding(nn.Module):
     def _to_short(
         self, x: jax.Array, short: Stream, stream: Stream, pixels: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Long outputs [B, Z, E] -> [B, S, E]: text copied, image positions shuffled, projected.
+        """Long outputs [B, Z, E] -> [B, S, E]: text copied, image positions compressed.
 
         Also returns the projected tiles, [B, N, T, E].
         """

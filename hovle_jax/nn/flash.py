@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 LANES = 128  # lengths and blocks are multiples of the chip's vector width
 BLOCK = 512
@@ -27,18 +28,28 @@ VMEM_FOR_DQ = 48 * 2**20  # beyond this length dq of a head does not fit: splash
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    reach: jax.Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """[B, H, S, D], [B, K, S, D] twice, [B, S] -> [B, H, S, D]; q is scaled already.
 
-    A query sees the keys of its segment up to its own place. Forward output and log-sum-exp are
-    named 'attention_out': kept together, or the forward kernel would run again for the latter.
+    A query sees the keys of its segment up to its own place, or up to place `reach` [B, S]. Forward
+    output and log-sum-exp are named 'attention_out': kept together, or the forward kernel would run
+    again for the latter.
     """
     length = q.shape[2]
     pad = -length % LANES
-    if pad:  # after the last query: causality hides it from all others
+    if pad:  # after the last query: no other sees so far
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+        reach = reach if reach is None else jnp.pad(reach, ((0, 0), (0, pad)))
+    if reach is not None:
+        return _reaching(q, k, v, segment_ids, reach, interpret)[:, :, :length]
     groups = q.shape[1] // k.shape[1]
     one_kernel = 4 * groups * q.shape[2] * q.shape[3] <= VMEM_FOR_DQ
     run = _one_kernel if one_kernel else _splash
@@ -75,6 +86,46 @@ def _splash(
 
     out = jax.vmap(row)(q, k, v, segment_ids)
     return (out[0], out[1][0]) if residuals else out
+
+
+def _not_later(last_seen: jax.Array, key: jax.Array) -> jax.Array:
+    return last_seen >= key
+
+
+def _reaching(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    reach: jax.Array,
+    interpret: bool,
+) -> jax.Array:
+    """Splash's kernels with each query's reach where causality has its place.
+
+    What a block of keys holds for a block of queries is not known when the program is made, so all
+    are visited: twice the work of causality, and splash's own two kernels backward.
+    """
+    length = q.shape[2]
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: jax.Array) -> Any:
+        info = mask_info.MaskInfo(None, None, None, None, reach)  # type: ignore[arg-type]
+        kernel = splash.SplashAttentionKernel(
+            info,
+            info,
+            info,
+            block_sizes=splash.BlockSizes(*(block_of(length),) * 8),
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=splash.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=None,
+            residual_checkpoint_name="attention_out",
+            mask_function=_not_later,
+            interpret=interpret,
+        )
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
+
+    out: jax.Array = jax.vmap(row)(q, k, v, segment_ids, reach)
+    return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import TeacherConfig
-from hovle_jax.nn.embedding import pixel_shuffle, resize_positions
+from hovle_jax.nn.compressors import pixel_shuffle
+from hovle_jax.nn.embedding import resize_positions
 from hovle_jax.nn.layers import Linear, named
 from hovle_jax.nn.vit import TEACHERS, encode, gelu, grid_of, layer_norm, patch_embedding
 

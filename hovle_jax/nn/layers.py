@@ -1,20 +1,16 @@
-"""The causal transformer layer that the holistic embedding module and the LLM share.
-
-    x = x + Attention(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))        (InternLM2, spec 1.3)
+"""The parts of the causal layer that the holistic embedding module and the LLM share.
 
     B rows   S length   M cache length   E width   H query heads   K kv heads   D head size   F MLP
 
 Parameters are kept in float32 and cast at use. Projections are separate (q, k, v, gate, up): sliced
-fused products cost the TPU compiler copies. Layers are scanned, so a stack compiles once whatever
-its depth and its parameters carry a leading `layers` axis.
+fused products cost the TPU compiler copies.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,32 +20,11 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from hovle_jax.config import LayersConfig
-from hovle_jax.errors import UserError
-from hovle_jax.nn.attention import attend
+from hovle_jax.nn.attention import Mask, attend
+from hovle_jax.nn.masks import MASKS
 from hovle_jax.nn.quantize import dequantize_heads, quantize_heads
+from hovle_jax.registry import Registry
 from hovle_jax.sharding import constrain, platform
-
-# What a layer keeps from its forward pass for the backward one; everything else is recomputed.
-_policies = jax.checkpoint_policies
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,  # keep everything
-    "full": _policies.nothing_saveable,
-    "attention": _policies.save_only_these_names("attention_out"),
-    # Every matrix product once, as "none", without what lies between them:
-    "minimal": _policies.save_only_these_names("qkv", "attention_out", "residual", "mlp_in"),
-    "products": _policies.save_only_these_names(
-        "qkv", "attention_out", "residual", "mlp_in", "mlp_hidden"
-    ),
-    "mixed": _policies.save_only_these_names("qkv", "attention_out", "residual"),
-    # As "minimal", with the widest of it in the host's memory meanwhile:
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["qkv", "attention_out", "residual"],
-        names_which_can_be_offloaded=["mlp_in"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "dots": _policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -155,12 +130,14 @@ def rope_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, D/2], for half-split ("rotate_half") rotary embedding.
 
+    positions: [B, S], or [B, S, D/2] where frequencies have their own (`positions.py`).
     `lengths` int [B, S] is the length of the sequence each token belongs to; only dynamic NTK
     scaling reads it, and only past `max_positions` (spec 1.4).
     """
     half = config.head_dim // 2
     exponent = jnp.arange(half, dtype=jnp.float32) / half
-    pos = positions.astype(jnp.float32)[..., None]
+    pos = positions.astype(jnp.float32)
+    pos = pos[..., None] if pos.ndim == 2 else pos
     if config.rope_scaling == "linear":
         pos = pos / config.rope_factor
     base = jnp.asarray(config.rope_theta, jnp.float32)
@@ -203,12 +180,67 @@ class LayerInputs:
 
     cos: jax.Array  # [B, S, D/2]
     sin: jax.Array
-    mask: jax.Array  # attention.visible; bool [B, S, M] with a cache
+    mask: Mask  # attention.visible; bool [B, S, M] with a cache
     starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
+    # int [B, S], 0 = padding; only where a layer is of another type than attention:
+    segment_ids: jax.Array | None = None
 
 
-# {"k": [L, B, M, K, D], "v": same}; in int8 with "k_scale" [L, B, M, K], "v_scale"
-Cache = dict[str, jax.Array]
+# What a layer keeps between tokens, by name (`Mixer.state`), [B, ...]; attention's is
+# {"k": [B, M, K, D], "v": same}, in int8 with "k_scale" [B, M, K], "v_scale".
+# A stack's has an axis of layers in front, where they are of one type.
+Cache = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateArray:
+    """An array that a layer keeps between tokens, as it is for one row."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # names in sharding.RULES; "row" in front: a place for every token
+    dtype: str = ""  # '' = the model's
+
+    @property
+    def grows(self) -> bool:
+        return self.axes[0] == "row"
+
+
+class Mixer(nn.Module):
+    """What lets tokens of a row see each other in a layer: the protocol of LAYER_TYPES.
+
+    Rows are packed: nothing may pass from one segment of a row to the next, nor from padding.
+    """
+
+    config: LayersConfig
+    implementation: str  # of softmax attention
+    masked: ClassVar[bool] = False  # sees the later tokens that `LayersConfig.mask` allows
+
+    def __call__(
+        self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
+    ) -> tuple[jax.Array, Cache]:
+        """x [B, S, E] -> (y [B, S, E], what the next tokens of its rows need).
+
+        cache: what an earlier call returned for the tokens before; None: x is whole rows.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def params(config: LayersConfig) -> int:
+        """How many one layer has."""
+        raise NotImplementedError
+
+    @staticmethod
+    def state(config: LayersConfig, places: int) -> dict[str, StateArray]:
+        """What a layer keeps, with room for so many tokens; all zeros before the first."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mixing_flops(config: LayersConfig, context: int) -> float:
+        """Forward FLOPs per token that take no weights, in a sequence of `context` tokens."""
+        return 0.0
+
+
+LAYER_TYPES: Registry[type[Mixer]] = Registry("model.*.layer_types")
 
 
 def output_std(config: LayersConfig) -> float:
@@ -216,9 +248,26 @@ def output_std(config: LayersConfig) -> float:
     return config.initializer_range / math.sqrt(2 * config.num_layers)
 
 
-class Attention(nn.Module):
-    config: LayersConfig
-    implementation: str
+@LAYER_TYPES.add("attention")
+class Attention(Mixer):
+    """Grouped-query softmax attention with rotary positions."""
+
+    masked: ClassVar[bool] = True
+
+    @staticmethod
+    def params(c: LayersConfig) -> int:
+        d, h, kv, dh = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        bias = c.qkv_bias * dh * (h + 2 * kv) + c.out_bias * d
+        return d * dh * (h + 2 * kv) + h * dh * d + bias + 2 * dh * c.qk_norm
+
+    @staticmethod
+    def state(c: LayersConfig, places: int) -> dict[str, StateArray]:
+        heads = StateArray((places, c.num_kv_heads, c.head_dim), ("row", "kv_heads", "head_dim"))
+        return {"k": heads, "v": heads}
+
+    @staticmethod
+    def mixing_flops(c: LayersConfig, context: int) -> float:
+        return 2.0 * c.num_heads * c.head_dim * context  # q k^T and A v, halved by causality
 
     @nn.compact
     def __call__(
@@ -234,8 +283,14 @@ class Attention(nn.Module):
             )(x)
             return constrain(y, "batch", "length", axis, "head_dim")
 
-        q = apply_rope(project("q", c.num_heads, "heads"), inputs.cos, inputs.sin)
-        k = apply_rope(project("k", c.num_kv_heads, "kv_heads"), inputs.cos, inputs.sin)
+        def rotated(name: str, heads: int, axis: str) -> jax.Array:
+            x = project(name, heads, axis)
+            if c.qk_norm:
+                x = RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(x)
+            return apply_rope(x, inputs.cos, inputs.sin)
+
+        q = rotated("q", c.num_heads, "heads")
+        k = rotated("k", c.num_kv_heads, "kv_heads")
         v = project("v", c.num_kv_heads, "kv_heads")
         kv = {"k": k, "v": v}
         if cache is not None:
@@ -244,7 +299,7 @@ class Attention(nn.Module):
             kv = {name: _write(cache[name], x, inputs.starts) for name, x in new.items()}
         how = self.implementation if cache is None else "xla"
         k, v = (dequantize_heads(kv, name, q.dtype) for name in ("k", "v"))
-        y = attend(q, k, v, inputs.mask, how)
+        y = attend(q, k, v, inputs.mask, how, causal=MASKS.find(c.mask) is None)
         o = Linear(
             (c.hidden_size,),
             ("heads", "head_dim", "embed"),
@@ -299,62 +354,3 @@ class SwiGLU(nn.Module):
 
         h = checkpoint_name(silu_times(project("gate"), project("up")), "mlp_hidden")
         return Linear((c.hidden_size,), ("mlp", "embed"), output_std(c), name="down")(h)
-
-
-class Layer(nn.Module):
-    """One causal layer, in the form `nn.scan` wants: (carry, inputs, cache) -> (carry, outputs)."""
-
-    config: LayersConfig
-    implementation: str
-    keep_cache: bool
-    keep_hidden: bool
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        c = self.config
-        y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        y, kv = Attention(c, self.implementation, name="attention")(y, inputs, cache)
-        x = checkpoint_name(x + y, "residual")
-        y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        x = x + SwiGLU(c, name="mlp")(y)
-        x = constrain(x, "batch", "length", "act_embed")
-        out: dict[str, Any] = {}
-        if self.keep_cache:
-            out["cache"] = kv
-        if self.keep_hidden:
-            out["hidden"] = x
-        return x, out
-
-
-def layer_stack(
-    config: LayersConfig,
-    implementation: str,
-    remat: str,
-    *,
-    keep_cache: bool = False,
-    keep_hidden: bool = False,
-    cached: bool = False,
-) -> Any:
-    """A module of `num_layers` layers in one scan; parameters gain a leading `layers` axis.
-
-    Called as (x [B, S, E], inputs, cache or None) it returns (output [B, S, E], extras), extras
-    being {"cache": Cache, "hidden": [L, B, S, E]} as asked for. `cached` says that a cache will be
-    given. There is no norm after the last layer; the LLM has its own.
-    """
-    layer: Any = Layer
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"model.remat: {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-    if remat != "none":
-        # Inside a scan XLA cannot merge the recomputation with the original anyway.
-        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    scanned = nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0 if cached else nn.broadcast),
-        length=config.num_layers,
-        metadata_params={"name": "layers"},
-    )
-    return scanned(config, implementation, keep_cache, keep_hidden)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from hovle_jax.config import TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn.attention import aligned, attend_all
-from hovle_jax.nn.embedding import normalize_pixels, patchify, pixel_shuffle
+from hovle_jax.nn.compressors import pixel_shuffle
+from hovle_jax.nn.embedding import normalize_pixels, patchify
 from hovle_jax.nn.layers import Linear, RMSNorm, named
 from hovle_jax.registry import Registry
 from hovle_jax.sharding import constrain

@@ -233,9 +233,7 @@ def model_flops(config: RunConfig, *, backward: bool = True) -> float:
     patches = tiles * c.grid**2
     long = tokens + (patches - tiles * c.tokens_per_tile if c.shuffle_loc == "post" else 0)
     vision = 2.0 * patches * 3 * c.patch_size**2 * c.hidden_size
-    if c.projector:
-        width = c.hidden_size
-        vision += 2.0 * tiles * c.tokens_per_tile * (c.shuffle**2 + 1) * width * width
+    vision += 2.0 * tiles * c.tokens_per_tile * c.compressor_params
     forward = {
         "vision": vision,
         "embedding": long * c.flops_per_token(long)["embedding"],
@@ -258,8 +256,7 @@ def model_flops(config: RunConfig, *, backward: bool = True) -> float:
     for name, length in (("embedding", long), ("decoder", tokens)):
         if passes.get(name, 1.0) > 1.0:  # attention has no weights: three passes whatever trains
             s = getattr(c, name)
-            attention = s.num_layers * 2.0 * length**2 * s.num_heads * s.head_dim
-            extra += (1.0 - share[name]) * attention
+            extra += (1.0 - share[name]) * length * s.mixing_flops(length)
     return rows * (sum(passes[name] * f for name, f in forward.items()) + extra)
 
 

@@ -3,7 +3,7 @@
 
 import copy
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 
 
 class StackConfig(PretrainedConfig):
@@ -20,6 +20,8 @@ class StackConfig(PretrainedConfig):
         num_hidden_layers=24,
         num_attention_heads=16,
         num_key_value_heads=None,
+        head_dim=None,
+        qk_norm=False,
         intermediate_size=8192,
         hidden_act="silu",
         rms_norm_eps=1e-5,
@@ -28,6 +30,8 @@ class StackConfig(PretrainedConfig):
         rope_theta=10000.0,
         rope_scaling=None,
         rope_parameters=None,
+        image_mask="causal",
+        image_positions="1d",
         **kwargs,
     ):
         kwargs.pop("model_type", None)
@@ -38,6 +42,8 @@ class StackConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.qk_norm = qk_norm
         self.intermediate_size = intermediate_size
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
@@ -51,6 +57,12 @@ class StackConfig(PretrainedConfig):
             raise ValueError(f"rope_type {rope['rope_type']!r} is not default, linear or dynamic")
         self.rope_theta = rope["rope_theta"]
         self.rope_parameters = rope
+        if image_mask not in ("causal", "bidirectional", "prefix"):
+            raise ValueError(f"image_mask {image_mask!r} is not causal, bidirectional or prefix")
+        if image_positions not in ("1d", "2d", "3d"):
+            raise ValueError(f"image_positions {image_positions!r} is not 1d, 2d or 3d")
+        self.image_mask = image_mask
+        self.image_positions = image_positions
 
 
 class HoVLEEmbeddingConfig(StackConfig):
@@ -119,11 +131,13 @@ class InternLM2Config(StackConfig):
         self.tie_word_embeddings = tie_word_embeddings
 
 
-LLM_CONFIGS = {
-    "InternLM2ForCausalLM": InternLM2Config,
-    "LlamaForCausalLM": LlamaConfig,
-    "Qwen2ForCausalLM": Qwen2Config,
-}
+def make_llm_config(config):
+    """InternLM2's is above; of other LLMs, transformers has the config class."""
+    kind = config.get("model_type", "internlm2")
+    if kind != "internlm2" and kind not in CONFIG_MAPPING:
+        raise ValueError(f"llm_config: transformers knows no model_type {kind!r}")
+    cls = InternLM2Config if kind == "internlm2" else CONFIG_MAPPING[kind]
+    return cls(**{**config, "attn_implementation": None})
 
 
 def flat_rope(config):
@@ -154,11 +168,7 @@ class HoVLEConfig(PretrainedConfig):
         if not isinstance(embedding_config, PretrainedConfig):
             embedding_config = HoVLEEmbeddingConfig(**(embedding_config or {}))
         if not isinstance(llm_config, PretrainedConfig):
-            llm_config = flat_rope(llm_config or {})
-            name = (llm_config.get("architectures") or ["InternLM2ForCausalLM"])[0]
-            if name not in LLM_CONFIGS:
-                raise ValueError(f"llm_config: {name!r} is not one of {', '.join(LLM_CONFIGS)}")
-            llm_config = LLM_CONFIGS[name](**{**llm_config, "attn_implementation": None})
+            llm_config = make_llm_config(flat_rope(llm_config or {}))
         self.embedding_config = embedding_config
         self.llm_config = llm_config
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple
 
 from .configuration_hovle import HoVLEConfig, HoVLEEmbeddingConfig, InternLM2Config
+from .modeling_hovle_images import ImageTokens
 from .modeling_hovle_layers import (
     HoVLEDecoderLayer,
     HoVLERMSNorm,
@@ -39,12 +41,7 @@ from .modeling_hovle_layers import (
 class HoVLEPreTrainedModel(PreTrainedModel):
     config_class = HoVLEConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "HoVLEDecoderLayer",
-        "VisionEmbeddings",
-        "LlamaDecoderLayer",
-        "Qwen2DecoderLayer",
-    ]
+    _no_split_modules = ["HoVLEDecoderLayer", "VisionEmbeddings"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_attention_backend = True
     _supports_sdpa = True
@@ -120,6 +117,7 @@ class HolisticEmbedding(HoVLEPreTrainedModel):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        images=None,
         **kwargs,
     ):
         """-> (LLM input [B, S, C], [input of the layers, output of each]); 'post': [B, Z, C]."""
@@ -140,6 +138,9 @@ class HolisticEmbedding(HoVLEPreTrainedModel):
             attention_mask, position_ids = self._long_mask(
                 stream, inputs_embeds, attention_mask, past_key_values
             )
+            if images is not None:
+                side = self.config.image_size // self.config.patch_size
+                images = images.spread(stream, (side, side))
         hidden_states = run_layers(
             self.encoder,
             self.config,
@@ -147,6 +148,7 @@ class HolisticEmbedding(HoVLEPreTrainedModel):
             attention_mask,
             position_ids,
             past_key_values,
+            images,
             **kwargs,
         )
         x = hidden_states[-1]
@@ -252,7 +254,11 @@ class InternLM2ForCausalLM(HoVLEPreTrainedModel):
         )
 
 
-LLMS = {"internlm2": InternLM2ForCausalLM, "llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+def make_llm(config):
+    """InternLM2 is above; other LLMs are transformers' own."""
+    if isinstance(config, InternLM2Config):
+        return InternLM2ForCausalLM(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 @dataclass
@@ -276,7 +282,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, ImageGenerationMixin):
         super().__init__(config)
         first = config.llm_config.num_hidden_layers
         self.embedding_model = HolisticEmbedding(config.embedding_config, first)
-        self.language_model = LLMS[config.llm_config.model_type](config.llm_config)
+        self.language_model = make_llm(config.llm_config)
+        whole = (*self._no_split_modules, *(self.language_model._no_split_modules or ()))
+        self._no_split_modules = sorted(set(whole))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -298,6 +306,16 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, ImageGenerationMixin):
     @property
     def vision_config(self):
         return self.config.embedding_config
+
+    def _image_tokens(self, input_ids, pixel_values):
+        """What masks over images and positions in their plane go by."""
+        vision = self.vision_config
+        side = vision.image_size // (vision.patch_size * vision.shuffle)
+        is_image = input_ids == self.config.image_token_id
+        if pixel_values is None:
+            is_image = torch.zeros_like(is_image)
+        end_of_turn = getattr(self.config, "im_end_token_id", None)
+        return ImageTokens(input_ids, is_image, (side, side), end_of_turn)
 
     @can_return_tuple
     def forward(
@@ -346,6 +364,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, ImageGenerationMixin):
             check_image_tokens(is_image, pixel_values, self.vision_config)
         if position_ids is None:
             position_ids = make_position_ids(attention_mask, given.shape[1], past, given.device)
+        images = None
+        if input_ids is not None:
+            images = self._image_tokens(input_ids, pixel_values)
         mask = attention_mask  # of a static cache: a dict for LLMs that may have sliding windows
         x, embedding_hidden_states = self.embedding_model(
             input_ids=input_ids,
@@ -354,8 +375,11 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, ImageGenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            images=images,
             **kwargs,
         )
+        # Other LLMs are exported with plain masks and positions only.
+        own = isinstance(self.language_model, InternLM2ForCausalLM)
         if self.config.normalize_encoder_output:
             x = x / x.float().norm(dim=-1, keepdim=True).to(x.dtype)
         outputs = self.language_model(
@@ -366,6 +390,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, ImageGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             logits_to_keep=logits_to_keep,
+            **({"images": images} if own else {}),
             **kwargs,
         )
         loss = None

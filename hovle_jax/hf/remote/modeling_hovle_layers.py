@@ -16,6 +16,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .modeling_hovle_images import mask_function, rotary_coordinates
+
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
@@ -33,14 +35,15 @@ class HoVLERMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rotary_tables(position_ids, config):
+def rotary_tables(position_ids, config, coordinates=None):
     """[B, S] -> cos and sin, float32 [B, S, D/2].
 
+    coordinates: [B, S, D/2], where frequencies have positions of their own.
     Dynamic NTK raises the base with the length a row has reached. Nothing is remembered: while
     decoding, new tokens use the current length and cached keys keep the one they were made with.
     """
     rope = config.rope_parameters
-    dim = config.hidden_size // config.num_attention_heads
+    dim = config.head_dim
     positions = position_ids.float()
     base = torch.full_like(positions[:, :1], rope["rope_theta"])
     if rope["rope_type"] == "linear":
@@ -51,7 +54,10 @@ def rotary_tables(position_ids, config):
         stretch = (factor * length / limit - (factor - 1)).clamp(min=1) ** (dim / (dim - 2))
         base = torch.where(length > limit, base * stretch, base)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    angles = positions[..., None] * (1 / base[..., None] ** exponents)
+    by = positions[..., None] if coordinates is None else coordinates.float()
+    if coordinates is not None and rope["rope_type"] == "linear":
+        by = by / rope["factor"]
+    angles = by * (1 / base[..., None] ** exponents)
     return angles.cos(), angles.sin()
 
 
@@ -80,12 +86,16 @@ class HoVLEAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = True
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         bias = config.attention_bias
         self.wqkv = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
-        self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        width = config.num_attention_heads * self.head_dim
+        self.wo = nn.Linear(width, config.hidden_size, bias=bias)
+        if config.qk_norm:
+            self.q_norm = HoVLERMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = HoVLERMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, rope, attention_mask, past_key_values=None, cache_kwargs=None, **kwargs):
         groups = self.num_key_value_groups
@@ -94,6 +104,8 @@ class HoVLEAttention(nn.Module):
         query, key, value = (
             part.flatten(2, 3).transpose(1, 2) for part in qkv.split((groups, 1, 1), dim=3)
         )
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)
@@ -156,10 +168,11 @@ class CacheFrom:
         return self.get_seq_length(layer_idx)
 
 
-def run_layers(layers, config, x, attention_mask, position_ids, cache, **kwargs):
+def run_layers(layers, config, x, attention_mask, position_ids, cache, images=None, **kwargs):
     """x [B, L, C] -> [x, output of layer 0, ...]. No norm after the last one.
 
     attention_mask: [B, cached + L], zero at padding; None without any; or 4-D, ready for use.
+    images: the `ImageTokens` of x; needed by masks and positions that are not plain.
     """
     first = layers[0].attention.layer_idx
     seen = None if cache is None else CacheFrom(cache, first)
@@ -174,8 +187,13 @@ def run_layers(layers, config, x, attention_mask, position_ids, cache, **kwargs)
         "past_key_values": seen,
         "position_ids": position_ids,
     }
+    if (sees_later := mask_function(images, config, past)) is not None:
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"image_mask {config.image_mask!r} needs an attention mask [B, S]")
+        arguments["or_mask_function"] = sees_later
     mask = create_causal_mask(**{k: v for k, v in arguments.items() if k in MASK_ARGUMENTS})
-    rope = rotary_tables(position_ids, config)
+    coordinates = rotary_coordinates(images, config, position_ids, cache, first)
+    rope = rotary_tables(position_ids, config, coordinates)
     outputs = [x]
     for layer in layers:
         x = layer(
