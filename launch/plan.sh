@@ -33,21 +33,23 @@ settings() { # TOPOLOGY MODEL: sets tokens, tiles, remat, chunk, rows
 }
 
 plan() { # TOPOLOGY MODEL STAGE
-  local target=${1%\**} slices=1 config chips devices file tokens tiles remat chunk rows
+  local target=${1%\**} slices=1 config total chips devices file tokens tiles remat chunk rows
   settings "$1" "$2"
   [ "$target" = "$1" ] || slices=${1##*\*}
   case $3 in
-    1) config=configs/stage1_distill.py ;;
-    2) config=configs/stage2_align.py ;;
-    3) config=configs/stage3_instruct.py ;;
+    1) config=configs/stage1_distill.py total=$((122000 * 512 * 4120)) ;;
+    2) config=configs/stage2_align.py total=$((24000 * 512 * 8192)) ;;
+    3) config=configs/stage3_instruct.py total=$((7000 * 256 * 8192)) ;;
     *) fail "STAGES: no stage $3" ;;
   esac
   chips=${target#*:}
   devices=$((slices * ${chips//x/*}))
   case $target in tpu7x:*) devices=$((2 * devices)) ;; esac
   file=$out/$2-stage$3-${target/:/-}x$slices
+  rows=$((${ROWS:-$rows} * devices))
   local command=(hovle plan "--config=$config:$2" "--topology=$target" "--slices=$slices"
-    "--config.data.rows=$((${ROWS:-$rows} * devices))" "--config.data.tokens=$tokens"
+    "--config.data.rows=$rows" "--config.data.tokens=$tokens"
+    "--config.steps=$((total / (rows * tokens)))" # all tokens of the config, whatever the batch
     "--config.data.tiles=$tiles" "--config.model.remat=$remat" "--config.model.loss_chunk=$chunk"
     "${more[@]}" "--json=$file.part")
   # Written beside and moved: a plan that was killed is not a plan, nor one of another command.

@@ -594,3 +594,14 @@ def test_preflight_fails_where_the_state_does_not_fit(tools, tmp_path, share, st
     python.chmod(0o755)
     done = fake.run("preflight.sh", "--config=c.py", "--topology=v5e:4x4", "--workdir=w", **env)
     assert done.returncode == status and f"{share:.0%}" in done.stdout
+
+
+def test_plans_are_of_the_stages_whole_data(monkeypatch):
+    """Whatever their batch: the totals in plan.sh are those of the configs."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "launch/plan.sh").read_text()
+    found = re.findall(r"config=(\S+) total=\$\(\((\d+) \* (\d+) \* (\d+)\)\)", text)
+    assert len(found) == 3
+    for path, *factors in found:
+        config = cli.load_config(path, [])
+        assert [config.steps, config.data.rows, config.data.tokens] == list(map(int, factors))
