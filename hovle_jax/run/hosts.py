@@ -20,6 +20,7 @@ from jax._src import distributed  # orbax reaches the client this way, too; ther
 from hovle_jax import sharding
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError, one_line
+from hovle_jax.run.agreement import exchange
 
 SIGTERM, NOTICE = "SIGTERM", "a maintenance notice"
 PREEMPTIONS = (SIGTERM, NOTICE)
@@ -132,7 +133,6 @@ class DataBarrier:
                 f"{jax.process_count()} hosts, but nothing connects them: give --coordinator, "
                 "--processes and --process, or call hosts.connect() before the run"
             )
-        self._talks = itertools.count()
 
     def wait(self, step: int, stop: str = "") -> str:
         """Call when the batch of `step` is there, or with the reason to stop before that step.
@@ -174,22 +174,9 @@ class DataBarrier:
 
     def gather(self, value: str) -> list[str]:
         """What every host gives, in their order; all hosts have to call it, equally often."""
-        if self._client is None:
-            return [value]
-        patience = max(self._timeout, PATIENCE)
-        root = f"hovle/talk/{self._run}/{next(self._talks)}/"
-        self._client.key_value_set(f"{root}{jax.process_index():06}", value)
-
-        def late() -> str:
-            assert self._client is not None
-            came = {int(k.rsplit("/", 1)[1]) for k, _ in self._client.key_value_dir_get(root)}
-            missing = [str(i) for i in range(jax.process_count()) if i not in came]
-            return f"no sign after {patience:g} s, while the run starts, from {_some(missing)}"
-
-        with _peers(late):
-            self._client.wait_at_barrier(root, int(patience * 1000))
-            said = self._client.key_value_dir_get(root)
-        return [value for _, value in sorted(said)]
+        with _peers(str):  # `exchange` itself says who is late
+            patience = max(self._timeout, PATIENCE)
+            return list(exchange("what all hosts have to say", value, patience).values())
 
     def post(self, what: str, value: str) -> None:
         """Leaves `value` of this host where all hosts find it under `what`; waits for nobody."""
