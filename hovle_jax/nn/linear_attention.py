@@ -74,7 +74,7 @@ class LinearAttention(Mixer):
         # Padding is passed over: what the row holds stays as it was before.
         real = (inputs.segment_ids > 0)[..., None]
         k, log_decay = jnp.where(real[..., None], k, 0), jnp.where(real, log_decay, 0)
-        groups = sample_numbers(inputs.segment_ids)
+        groups = jnp.cumsum(sample_begins(inputs.segment_ids), axis=1)
         rows, length = x.shape[:2]
         memory = jnp.zeros((rows, *self.state(c, 0)["memory"].shape), jnp.float32)
         memory = memory if cache is None else cache["memory"]
@@ -86,10 +86,11 @@ class LinearAttention(Mixer):
         return o(y), {"memory": memory}
 
 
-def sample_numbers(segment_ids: jax.Array) -> jax.Array:
-    """How many samples began after the first place of the row, [B, S]; padding begins none."""
+def sample_begins(segment_ids: jax.Array) -> jax.Array:
+    """bool [B, S]: where another sample begins than the one before; not at the first place, which
+    may continue a cache, nor at padding."""
     before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
-    return jnp.cumsum((segment_ids != before) & (segment_ids > 0), axis=1)
+    return (segment_ids != before) & (segment_ids > 0)
 
 
 def _scan(
