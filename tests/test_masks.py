@@ -3,6 +3,7 @@
 Tiles have 4 tokens (16 places in the long stream of a 'post' model).
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -12,12 +13,17 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
+from hovle_jax.checkpoint import save_model
+from hovle_jax.config import InitConfig, MeshConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation.engine import Engine, Request
+from hovle_jax.initialize import initial_params
 from hovle_jax.nn.images import Tokens
 from hovle_jax.nn.layers import rope_tables
 from hovle_jax.nn.masks import MASKS, reach
 from hovle_jax.nn.positions import POSITIONS, indices, per_frequency
+from hovle_jax.sharding import make_mesh
+from hovle_jax.stages import STAGES
 from tests import small
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -192,6 +198,26 @@ def test_every_axis_has_slow_and_fast_frequencies():
 def test_a_tile_that_is_no_square():
     with pytest.raises(UserError, match="6 tokens of a tile are no square"):
         coordinates("2d", tokens_of([[IMAGE] * 6], tile=6))
+
+
+def test_the_next_stage_keeps_the_mask(tmp_path):
+    """Nothing in the parameters would tell that a stage was trained with another one."""
+    stack = {"mask": "bidirectional", "positions": "2d"}
+    save_model(tmp_path / "stage1", config_of("pre", stack), params_of())
+    for scratch in (False, True):
+        init = InitConfig(previous=str(tmp_path / "stage1"), scratch=scratch)
+        for changed, message in (
+            ({}, None),
+            ({"mask": "causal"}, "config.model.embedding.mask is 'causal', but"),
+            ({"positions": "1d"}, "config.model.embedding.positions is '1d', but"),
+        ):
+            config = RunConfig(stage="align", init=init, model=config_of("pre", stack | changed))
+            allowed = scratch or message is None
+            expected = (
+                contextlib.nullcontext() if allowed else pytest.raises(UserError, match=message)
+            )
+            with expected:
+                initial_params(config, STAGES["align"], make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 # Both, packed and cached
