@@ -220,7 +220,7 @@ def test_the_next_stage_keeps_the_mask(tmp_path):
                 initial_params(config, STAGES["align"], make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-# Both, packed and cached
+# Both, cached (packed, sharded and exported: test_combinations.py)
 
 
 def sample(seed: int, tiles: tuple[int, ...], after: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -234,35 +234,10 @@ def sample(seed: int, tiles: tuple[int, ...], after: int = 6) -> tuple[np.ndarra
     return np.array(ids, np.int32), pixels
 
 
-@LOCATIONS
-def test_packed_equals_unpacked(loc):
-    run = compiled(functools.partial(model.hidden, config=config_of(loc, *MIXED)))
-    samples = [sample(0, (2, 1)), sample(1, (1,)), sample(2, ())]
-    rows: dict[str, list] = {name: [] for name in ("input_ids", "segment_ids", "position_ids")}
-    tiles = []
-    for order in ([0, 1, 2], [2, 1], [0], [1], [2]):
-        parts = [samples[i] for i in order]
-        ids = np.concatenate([ids for ids, _ in parts])
-        pad = (0, 64 - len(ids))
-        segments = [np.full(len(x), n) for n, (x, _) in enumerate(parts, 1)]
-        rows["input_ids"].append(np.pad(ids, pad))
-        rows["segment_ids"].append(np.pad(np.concatenate(segments), pad))
-        positions = np.concatenate([np.arange(len(x)) for x, _ in parts])
-        rows["position_ids"].append(np.pad(positions, pad))
-        pixels = np.concatenate([pixels for _, pixels in parts])
-        tiles.append(np.pad(pixels, ((0, 4 - len(pixels)), *[(0, 0)] * 3)))
-    batch = {name: np.stack(x).astype(np.int32) for name, x in rows.items()}
-    out = np.asarray(run(params_of(), batch | {"pixels": np.stack(tiles)}))
-    alone = [out[2 + i, : len(ids)] for i, (ids, _) in enumerate(samples)]
-    for row, order in enumerate(([0, 1, 2], [2, 1])):
-        expected = np.concatenate([alone[i] for i in order])
-        np.testing.assert_allclose(out[row, : len(expected)], expected, atol=1e-5, rtol=0)
-
-
-@LOCATIONS
-def test_cached_equals_uncached(loc):
-    """Two prompts of different lengths, in one part and in two; then token by token."""
-    config = config_of(loc, *MIXED)
+def test_cached_equals_uncached():
+    """Two prompts of different lengths, up to their last image and further; the rest in one call
+    and token by token."""
+    config = config_of("post", *MIXED)
     apply, prefill, step, extend = (
         compiled(functools.partial(f, config=config, **kw))
         for f, kw in (
