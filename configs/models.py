@@ -3,6 +3,11 @@
 hovle_2b   HoVLE: 256 tokens per tile in all 32 layers      (released: 2,606,327,808 parameters)
 hovle_hd   HoVLE-HD: 1,024 per tile in the 8 holistic layers
 tiny       the same shape in miniature, for trying a pipeline on a laptop
+
+Beyond the paper, as overrides in all three stages (docs/masks.md):
+
+    --config.model.embedding.mask=bidirectional    tokens of one image see each other
+    --config.model.embedding.positions=2d          and stand at rows and columns
 """
 
 import dataclasses

@@ -65,7 +65,10 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     if source.llm:
         found |= _language_model(config, wanted)
     if source.previous:
-        found |= open_stored(source.previous).read(wanted)
+        stored = open_stored(source.previous)
+        if not source.scratch:
+            _check_stacks(stored, config)
+        found |= stored.read(wanted)
     missing = {k: v for k, v in wanted.items() if k not in found}
     # The embedding module is what HoVLE adds: a stage without a predecessor makes it up.
     fresh = {k for k in missing if not stage.after and not k.startswith("embedding/text/")}
@@ -153,6 +156,19 @@ def _check_agreement(stored: Stored, theirs: Any, ours: Any, where: str) -> None
                 f"config.{where}.{name} is {getattr(ours, name)!r}, but {stored.directory} has "
                 f"{getattr(theirs, name)!r}"
             )
+
+
+def _check_stacks(stored: Stored, config: RunConfig) -> None:
+    """Masks and positions have no parameters: forgotten in the next stage, nothing would tell."""
+    for stack in {path.partition("/")[0] for path in stored.paths if "/layers/" in path}:
+        theirs, ours = getattr(stored.model, stack), getattr(config.model, stack)
+        for name in ("mask", "positions"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise UserError(
+                    f"config.model.{stack}.{name} is {getattr(ours, name)!r}, but "
+                    f"{stored.directory} was trained with {getattr(theirs, name)!r} "
+                    "(config.init.scratch=True skips this check)"
+                )
 
 
 def _random(config: RunConfig, missing: dict[str, Any]) -> dict[str, Any]:

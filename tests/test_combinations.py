@@ -8,6 +8,7 @@ changes of one small config (`VARIANTS`), so a new axis is a new line. A fork's 
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 
@@ -22,17 +23,21 @@ from hovle_jax.checkpoint import save_model
 from hovle_jax.config import IGNORE, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation import decode
+from hovle_jax.hf.configs import IMAGE_MASKS, IMAGE_POSITIONS
 from hovle_jax.hf.families import FAMILIES
 from hovle_jax.hf.writer import ExportOptions, write_directory
 from hovle_jax.nn.compressors import COMPRESSORS
 from hovle_jax.nn.layers import LAYER_TYPES
+from hovle_jax.nn.masks import MASKS
+from hovle_jax.nn.positions import POSITIONS
 from hovle_jax.nn.stack import take_apart
 from hovle_jax.registry import load_plugins
 from hovle_jax.tree import flatten, split, unflatten
 from tests import small
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-PLUGINS = tuple(str(EXAMPLES / f"{n}.py") for n in ("llm_family", "layer_type", "compressor"))
+PARTS = ("llm_family", "layer_type", "compressor", "tile_mask", "spatial_positions")
+PLUGINS = tuple(str(EXAMPLES / f"{name}.py") for name in PARTS)
 load_plugins((*PLUGINS, *filter(None, os.environ.get("HOVLE_PLUGINS", "").split(":"))))
 
 LAYERS = dataclasses.replace(small.LAYERS, rope_theta=100.0)
@@ -57,6 +62,20 @@ VARIANTS: dict[str, Changes] = {
     },
     **{kind: both("layer_types", (kind,)) for kind in LAYER_TYPES if kind != "attention"},
     **{name: {"compressor": name, "shuffle": 4} for name in COMPRESSORS if name != BASE.compressor},
+    **{  # every mask with some scheme: neither cares what the other is
+        f"{mask}, {positions}": both("mask", mask) | both("positions", positions)
+        for n, mask, positions in zip(
+            range(max(len(MASKS), len(POSITIONS))),
+            itertools.cycle(MASKS),
+            itertools.cycle(POSITIONS),
+            strict=False,
+        )
+        if n  # the first of both are BASE's
+    },
+    "post, other masks and positions in each stack": {
+        **{"shuffle_loc": "post", "embedding.mask": "prefix", "embedding.positions": "3d"},
+        **{"decoder.mask": "bidirectional", "decoder.positions": "2d"},
+    },
     "qwen3, wide heads, norms in both stacks": {
         **{"llm_family": "qwen3", **both("qk_norm", True), **both("head_dim", 12)}
     },
@@ -255,11 +274,18 @@ def test_saved_and_exported(name, tmp_path):
     save_model(tmp_path / "native", config, params_of(name))
     again, found = hovle_jax.load(tmp_path / "native")
     assert again == config
-    known = {"attention"}.issuperset((*config.embedding.types, *config.decoder.types))
+    stacks = (config.embedding, config.decoder)
+    known = all(
+        {"attention"}.issuperset(stack.types)
+        and stack.mask in IMAGE_MASKS
+        and stack.positions in IMAGE_POSITIONS
+        for stack in stacks
+    )
     if known and config.compressor == "pixel_shuffle":
         write_directory(tmp_path / "native", tmp_path / "out", ExportOptions())
         again, exported = hovle_jax.load(tmp_path / "out")
-        assert again.llm_family == config.llm_family and again.decoder == config.decoder
+        assert again.llm_family == config.llm_family
+        assert (again.embedding, again.decoder) == stacks
         found = {"native": found, "exported": exported}
     else:
         with pytest.raises(UserError, match=r"^model\.\S+: the exported format knows .* only"):

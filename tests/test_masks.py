@@ -3,6 +3,7 @@
 Tiles have 4 tokens (16 places in the long stream of a 'post' model).
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -12,12 +13,17 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
+from hovle_jax.checkpoint import save_model
+from hovle_jax.config import InitConfig, MeshConfig, RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation.engine import Engine, Request
+from hovle_jax.initialize import initial_params
 from hovle_jax.nn.images import Tokens
 from hovle_jax.nn.layers import rope_tables
 from hovle_jax.nn.masks import MASKS, reach
 from hovle_jax.nn.positions import POSITIONS, indices, per_frequency
+from hovle_jax.sharding import make_mesh
+from hovle_jax.stages import STAGES
 from tests import small
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -194,7 +200,27 @@ def test_a_tile_that_is_no_square():
         coordinates("2d", tokens_of([[IMAGE] * 6], tile=6))
 
 
-# Both, packed and cached
+def test_the_next_stage_keeps_the_mask(tmp_path):
+    """Nothing in the parameters would tell that a stage was trained with another one."""
+    stack = {"mask": "bidirectional", "positions": "2d"}
+    save_model(tmp_path / "stage1", config_of("pre", stack), params_of())
+    for scratch in (False, True):
+        init = InitConfig(previous=str(tmp_path / "stage1"), scratch=scratch)
+        for changed, message in (
+            ({}, None),
+            ({"mask": "causal"}, "config.model.embedding.mask is 'causal', but"),
+            ({"positions": "1d"}, "config.model.embedding.positions is '1d', but"),
+        ):
+            config = RunConfig(stage="align", init=init, model=config_of("pre", stack | changed))
+            allowed = scratch or message is None
+            expected = (
+                contextlib.nullcontext() if allowed else pytest.raises(UserError, match=message)
+            )
+            with expected:
+                initial_params(config, STAGES["align"], make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+# Both, cached (packed, sharded and exported: test_combinations.py)
 
 
 def sample(seed: int, tiles: tuple[int, ...], after: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -208,35 +234,10 @@ def sample(seed: int, tiles: tuple[int, ...], after: int = 6) -> tuple[np.ndarra
     return np.array(ids, np.int32), pixels
 
 
-@LOCATIONS
-def test_packed_equals_unpacked(loc):
-    run = compiled(functools.partial(model.hidden, config=config_of(loc, *MIXED)))
-    samples = [sample(0, (2, 1)), sample(1, (1,)), sample(2, ())]
-    rows: dict[str, list] = {name: [] for name in ("input_ids", "segment_ids", "position_ids")}
-    tiles = []
-    for order in ([0, 1, 2], [2, 1], [0], [1], [2]):
-        parts = [samples[i] for i in order]
-        ids = np.concatenate([ids for ids, _ in parts])
-        pad = (0, 64 - len(ids))
-        segments = [np.full(len(x), n) for n, (x, _) in enumerate(parts, 1)]
-        rows["input_ids"].append(np.pad(ids, pad))
-        rows["segment_ids"].append(np.pad(np.concatenate(segments), pad))
-        positions = np.concatenate([np.arange(len(x)) for x, _ in parts])
-        rows["position_ids"].append(np.pad(positions, pad))
-        pixels = np.concatenate([pixels for _, pixels in parts])
-        tiles.append(np.pad(pixels, ((0, 4 - len(pixels)), *[(0, 0)] * 3)))
-    batch = {name: np.stack(x).astype(np.int32) for name, x in rows.items()}
-    out = np.asarray(run(params_of(), batch | {"pixels": np.stack(tiles)}))
-    alone = [out[2 + i, : len(ids)] for i, (ids, _) in enumerate(samples)]
-    for row, order in enumerate(([0, 1, 2], [2, 1])):
-        expected = np.concatenate([alone[i] for i in order])
-        np.testing.assert_allclose(out[row, : len(expected)], expected, atol=1e-5, rtol=0)
-
-
-@LOCATIONS
-def test_cached_equals_uncached(loc):
-    """Two prompts of different lengths, in one part and in two; then token by token."""
-    config = config_of(loc, *MIXED)
+def test_cached_equals_uncached():
+    """Two prompts of different lengths, up to their last image and further; the rest in one call
+    and token by token."""
+    config = config_of("post", *MIXED)
     apply, prefill, step, extend = (
         compiled(functools.partial(f, config=config, **kw))
         for f, kw in (

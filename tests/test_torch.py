@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hovle_jax import model
+from hovle_jax.checkpoint import open_stored
 from hovle_jax.cli.main import main
 from hovle_jax.data.chat import encode_prompt
 from hovle_jax.data.records import Record, Turn
@@ -140,7 +141,7 @@ for call in (
 def test_padded_prompts_and_what_cannot_be_masked(tmp_path):
     source = with_stacks(MODELS["pre"], tmp_path / "source")
     export(source, tmp_path / "out", ExportOptions())
-    np.savez(tmp_path / "in.npz", **live.made_up_prompts(Verifier(source, "float32").config))
+    np.savez(tmp_path / "in.npz", **live.made_up_prompts(open_stored(source).model))
     printed = run_alone(PADDED, tmp_path / "out", tmp_path / "in.npz", cache=tmp_path / "hf")
     *numbers, flash, embeds = printed.splitlines()[-8:]
     assert max(map(float, numbers)) < 1e-4

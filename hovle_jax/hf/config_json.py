@@ -210,7 +210,8 @@ def _check_exported(c: ModelConfig) -> None:
             value = getattr(stack, field)
             if value not in known:
                 raise UserError(
-                    f"model.{name}.{field}={value!r}: the exported code has only {', '.join(known)}"
+                    f"model.{name}.{field}={value!r}: the exported format knows "
+                    f"{', '.join(known)} only"
                 )
             if name == "decoder" and value != known[0] and c.llm_family != "internlm2":
                 raise UserError(

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from hovle_jax.config import DataConfig, RunConfig
+from hovle_jax.nn import flash
 from hovle_jax.tpu import aot, hlo
 from hovle_jax.tpu.cost import Collective
 
@@ -155,6 +157,23 @@ def test_memory_is_bounded(plan):
     # 0.7B parameters x 12 bytes over 16 devices; 4 layers of 1,536 tokens and their scores.
     assert plan.memory.arguments < 0.6 * 2**30
     assert plan.memory.peak < 3.0 * 2**30
+
+
+def test_masks_over_images_are_computed_in_the_kernels():
+    """Splash with a reach of each query: forward, dq, dk and dv; no scores, no mask in memory."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'hovle-jax[tpu]'")
+    length, where = 1100, SingleDeviceSharding(aot.topology("v5e:4x4").devices[0])
+
+    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    q, k = (array((2, heads, length, 128), "bfloat16") for heads in (4, 2))
+    per_token = array((2, length), "int32")
+    attend = jax.grad(lambda *args: flash.attention(*args).astype("float32").sum(), (0, 1, 2))
+    text = jax.jit(attend).lower(q, k, k, per_token, per_token).compile().as_text()
+    assert all(f"splash_mha_{name}" in text for name in ("fwd", "dq", "dkv"))
+    padded = length + -length % flash.LANES
+    assert f"{padded},{padded}" not in text and f"{length},{length}" not in text
 
 
 def test_the_teacher_attends_in_one_kernel_a_layer():

@@ -256,7 +256,7 @@ class InternLM2ForCausalLM(HoVLEPreTrainedModel):
 
 def make_llm(config):
     """InternLM2 is above; other LLMs are transformers' own."""
-    if isinstance(config, InternLM2Config):
+    if config.model_type == InternLM2Config.model_type:  # its class may be loaded twice
         return InternLM2ForCausalLM(config)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
