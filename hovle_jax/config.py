@@ -234,6 +234,7 @@ class DataConfig:
     min_tiles: int = 1
     max_tiles: int = 12  # per image, before the thumbnail
     thumbnail: bool = True
+    tiler: str = "dynamic"  # data.tilers.TILERS
     window: int = 1024  # samples packed together; larger fills rows better
     max_sources: int = 64  # most data sources of a run; fixes the shape of per-source metrics
     too_long: str = "error"  # a record that no row can hold: error | cut (whole turns) | drop

@@ -14,11 +14,14 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.abc
 import importlib.util
+import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hovle_jax.errors import UserError, one_line
 
@@ -60,17 +63,34 @@ def load_plugins(names: Iterable[str]) -> None:
         _load(str(Path(name).resolve()) if name.endswith(".py") else name)
 
 
+_FILES = "HOVLE_PLUGIN_FILES"  # of this process and of those that it starts
+
+
+def _module_name(path: str) -> str:
+    return f"hovle_plugin_{Path(path).stem}_{zlib.crc32(path.encode()):08x}"
+
+
+class _Files(importlib.abc.MetaPathFinder):
+    """Finds plug-in files by module name: data workers unpickle what such files define."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if not name.startswith("hovle_plugin_"):
+            return None
+        files = os.environ.get(_FILES, "").split(os.pathsep)
+        file = next((f for f in files if _module_name(f) == name), None)
+        return file and importlib.util.spec_from_file_location(name, file)
+
+
+sys.meta_path.append(_Files())
+
+
 @functools.cache
 def _load(name: str) -> None:
     try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
-            return
-        spec = importlib.util.spec_from_file_location(f"hovle_plugin_{Path(name).stem}", name)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+        if name.endswith(".py"):
+            known = os.environ.get(_FILES, "").split(os.pathsep)
+            os.environ[_FILES] = os.pathsep.join(dict.fromkeys([*filter(None, known), name]))
+        importlib.import_module(_module_name(name) if name.endswith(".py") else name)
     except UserError:
         raise
     except Exception as error:

@@ -62,6 +62,7 @@ ORDER = [
     "data.tfds_source",
     "data.array_record",
     "data.sources",
+    "data.tilers",
     "data.convert",
     "data.text_files",
     "data.token_shards",

@@ -91,6 +91,9 @@ def encode_conversation(
     their header, so that labels cannot come out misaligned (the reference encodes the two in one
     go and drops the loss of the whole example when the lengths then disagree).
 
+    A document (a turn of role 'text') is BOS and its tokens, all of them predicted; it knows no
+    template and no end.
+
     Args:
       turns: As in `Record`. Added tokens that occur in their text are ordinary characters.
       tiles_per_image: Tiles of every image, in the order of '<image>' in user turns.
@@ -198,6 +201,10 @@ def _encode(
     if any(turn.role == "system" for turn in turns):
         raise UserError("only the first turn may be a system turn")
     builder = _Builder(tokenizer)
+    if turns and turns[0].role == "text":
+        builder.text(turns[0].text)
+        builder.flush(loss=True)
+        return builder
     system = template.system_message if system is None else system
     if system:
         builder.markup(template.system_prefix)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hovle_jax.data import files
-from hovle_jax.data.records import Record
+from hovle_jax.data.records import Record, Turn, validate
 from hovle_jax.data.rows import PROMPT, load_json, make_record
 from hovle_jax.errors import UserError
 
@@ -120,6 +120,24 @@ class ImageFolder:
     def __getitem__(self, i: int) -> Record:
         path = self._paths[i]
         return Record(turns=(), images=(path,), where=path)
+
+
+class TextRecords:
+    """Documents for the next-token stages: what `TextLines` reads, as records."""
+
+    def __init__(self, name: str, path: str):
+        self.name = name
+        self.max_tiles: int | None = None
+        self._path = path
+        self._lines = TextLines(name, path)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, i: int) -> Record:
+        record = Record((Turn("text", self._lines[i]),), (), f"{self._path}: document {i + 1}")
+        validate(record)
+        return record
 
 
 class TextLines:

@@ -7,12 +7,12 @@ from hovle_jax.errors import UserError
 
 IMAGE_PLACEHOLDER = "<image>"
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "text"]  # text: a document, no conversation
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message of a conversation, as written in the data (not stripped)."""
+    """One message of a conversation, as written in the data (not stripped), or a document."""
 
     role: Role
     text: str
@@ -23,7 +23,7 @@ class Record:
     """One example as read from disk.
 
     Attributes:
-      turns: The conversation; empty for an unpaired image.
+      turns: The conversation, or a document alone; empty for an unpaired image.
       images: Paths or encoded bytes, in the order of their placeholders.
       where: 'file:line' or the image's path; it opens every error message about this record.
     """
@@ -51,7 +51,7 @@ def position(i: int, size: int) -> int:
 
 
 def validate(record: Record) -> None:
-    """Checks that a conversation can be trained on.
+    """Checks that a conversation or a document can be trained on.
 
     Raises:
       UserError: no turns, a system turn that is not the first, a last turn that is not the
@@ -61,6 +61,10 @@ def validate(record: Record) -> None:
     where, turns = record.where, record.turns
     if not turns:
         raise UserError(f"{where}: the conversation has no turns; delete the row")
+    if any(turn.role == "text" for turn in turns):
+        if len(turns) > 1 or record.images or not turns[0].text.strip():
+            raise UserError(f"{where}: a document has text, and neither turns nor images beside it")
+        return
     if any(turn.role == "system" for turn in turns[1:]):
         raise UserError(f"{where}: only the first turn may be a system turn")
     if turns[-1].role != "assistant":

@@ -21,6 +21,7 @@ from hovle_jax.data.chat import TEMPLATES, Encoded, Template, encode_conversatio
 from hovle_jax.data.readers import TextLines
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.sources import MetaEntry
+from hovle_jax.data.tilers import TILERS, TileLimits
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
@@ -95,51 +96,41 @@ class Tiler:
         self.min_tiles = data.min_tiles
         self.max_tiles = data.max_tiles if max_tiles is None else max_tiles
         self.thumbnail = data.thumbnail
+        self.name = data.tiler
+        self._tiler = TILERS.find(data.tiler)
 
     @property
-    def settings(self) -> tuple[int, int, int, bool]:
-        return self.image_size, self.min_tiles, self.max_tiles, self.thumbnail
+    def settings(self) -> tuple[object, ...]:
+        """What the number of tiles depends on."""
+        own = (self.image_size, self.min_tiles, self.max_tiles, self.thumbnail)
+        return own if self.name == "dynamic" else (*own, self.name)
 
     def limits(self, images: int) -> tuple[int, int]:
         """(min, max) tiles of each image: several images share the budget (InternVL)."""
         most = max(1, self.max_tiles // max(images, 1))
         return min(self.min_tiles, most), most
 
+    def _limits(self, record: Record) -> TileLimits:
+        return TileLimits(self.image_size, *self.limits(len(record.images)), self.thumbnail)
+
     def counts(self, record: Record) -> list[int]:
         """Tiles of each image, from its header alone."""
-        low, high = self.limits(len(record.images))
-        if high == 1:  # whatever its size; half a billion headers need not be read
+        limits = self._limits(record)
+        if limits.most == 1:  # whatever its size; half a billion headers need not be read
             return [1] * len(record.images)
-        return [
-            image.count_tiles(
-                *image.image_size_of(ref, record.where),
-                image_size=self.image_size,
-                min_tiles=low,
-                max_tiles=high,
-                thumbnail=self.thumbnail,
-            )
-            for ref in record.images
-        ]
+        sizes = [image.image_size_of(ref, record.where) for ref in record.images]
+        return [self._tiler.count(*size, limits) for size in sizes]
 
     def tiles(self, record: Record, rng: np.random.Generator | None = None) -> list[np.ndarray]:
         """uint8 [tiles, H, W, 3] per image; with `rng`, after a JPEG round trip of random quality
         (75 to 100, as InternVL's `data_augment`)."""
-        low, high = self.limits(len(record.images))
+        limits = self._limits(record)
 
         def opened(ref: str | bytes) -> Image.Image:
             picture = image.open_image(ref, record.where)
             return picture if rng is None else image.recompress(picture, int(rng.integers(75, 101)))
 
-        return [
-            image.tile_image(
-                opened(ref),
-                image_size=self.image_size,
-                min_tiles=low,
-                max_tiles=high,
-                thumbnail=self.thumbnail,
-            )
-            for ref in record.images
-        ]
+        return [self._tiler.cut(opened(ref), limits) for ref in record.images]
 
     def stack(self, tiles: list[np.ndarray]) -> np.ndarray:
         empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
@@ -207,7 +198,7 @@ class Conversations:
         size = f"{record.where}: {len(encoded.ids)} tokens and {sum(tiles)} tiles"
         if self._too_long == "drop":
             return None, 0, f"{size}: left out"
-        turns = record.turns
+        turns, images = record.turns, len(tiles)
         ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
         for end in reversed(ends):
             images = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns[:end] if t.role == "user")

@@ -7,26 +7,77 @@ import glob
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from hovle_jax.data import files
 from hovle_jax.data.array_record import MANIFEST, ArrayRecordSource
 from hovle_jax.data.json_list import LlavaJson
 from hovle_jax.data.parquet import Parquet
-from hovle_jax.data.readers import IMAGE_SUFFIXES, ImageFolder, JsonlConversations
+from hovle_jax.data.readers import (
+    IMAGE_SUFFIXES,
+    ImageFolder,
+    JsonlConversations,
+    TextRecords,
+)
 from hovle_jax.data.records import Record, Source, position
 from hovle_jax.data.rows import PROMPT, load_json
 from hovle_jax.data.tfds_source import TfdsSource
 from hovle_jax.data.webdataset import Webdataset
 from hovle_jax.errors import UserError
+from hovle_jax.registry import Registry
 
 JOURNAL = "journal.json"  # in a directory whose conversion is not finished
-_SUFFIXES = (".jsonl", ".json", ".tar", ".parquet", ".array_record")
 _META_KEYS = {
-    *("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length", "weight")
+    *("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length", "weight"),
+    "text",
 }
 
 REPEAT_MODES = ("exact", "internvl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a path is to be read; see `open_source`."""
+
+    root: str  # directory of relative image paths
+    max_tiles: int | None = None
+    prompt: str = PROMPT
+    images_only: bool = False
+
+    @property
+    def of_rows(self) -> dict[str, Any]:
+        """Those that `make_record` has a use for."""
+        return {"prompt": self.prompt, "images_only": self.images_only}
+
+
+# By suffix: (name of the source, path, options) -> the source.
+FORMATS: Registry[Callable[[str, str, Options], Source]] = Registry("a path that ends in")
+
+
+@FORMATS.add(".jsonl")
+def _jsonl(name: str, path: str, o: Options) -> Source:
+    return JsonlConversations(name, path, o.root, o.max_tiles, **o.of_rows)
+
+
+@FORMATS.add(".json")
+def _json(name: str, path: str, o: Options) -> Source:
+    return LlavaJson(name, path, o.root, o.max_tiles, **o.of_rows)
+
+
+@FORMATS.add(".tar")
+def _tar(name: str, path: str, o: Options) -> Source:
+    return Webdataset(name, path, o.max_tiles, **o.of_rows)
+
+
+@FORMATS.add(".parquet")
+def _parquet(name: str, path: str, o: Options) -> Source:
+    return Parquet(name, path, o.root, o.max_tiles, **o.of_rows)
+
+
+@FORMATS.add(".array_record")
+def _array_record(name: str, path: str, o: Options) -> Source:
+    return ArrayRecordSource(name, path, max_tiles=o.max_tiles, images_only=o.images_only)
 
 
 def open_source(
@@ -60,7 +111,7 @@ def open_source(
     suffix = os.path.splitext(path)[1].lower()
     base, _, split = path.partition("#")
     if path.startswith("tfds:") or (
-        suffix not in _SUFFIXES and files.is_file(os.path.join(base, "dataset_info.json"))
+        suffix not in FORMATS and files.is_file(os.path.join(base, "dataset_info.json"))
     ):
         split = split or "train"
         return TfdsSource(name, base, split, max_tiles, prompt=prompt, images_only=images_only)
@@ -77,28 +128,20 @@ def open_source(
         if not found and MANIFEST not in names:
             return ImageFolder(name, path, max_tiles)
         suffix = found[0] if found else ".array_record"  # of which every row was rejected
-    root = os.path.dirname(path) if root is None else root
-    match suffix:
-        case ".array_record":
-            return ArrayRecordSource(name, path, max_tiles=max_tiles, images_only=images_only)
-        case ".tar":
-            return Webdataset(name, path, max_tiles, prompt=prompt, images_only=images_only)
-        case ".parquet":
-            return Parquet(name, path, root, max_tiles, prompt=prompt, images_only=images_only)
-        case ".jsonl":
-            return JsonlConversations(
-                name, path, root, max_tiles, prompt=prompt, images_only=images_only
-            )
-        case ".json":
-            return LlavaJson(name, path, root, max_tiles, prompt=prompt, images_only=images_only)
-    known = ", ".join(_SUFFIXES)
-    raise UserError(f"{path}: no known format; use {known}, a directory or tfds:NAME#SPLIT")
+    options = Options(
+        os.path.dirname(path) if root is None else root, max_tiles, prompt, images_only
+    )
+    if suffix not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path}: no known format; use {known}, a directory or tfds:NAME#SPLIT")
+    return FORMATS[suffix](name, path, options)
 
 
 def default_name(path: str) -> str:
     """'a/b.tar' -> 'b', with what is no letter, digit, '.', '_' or '-' as '_'."""
     base = os.path.basename(path.partition("#")[0].removeprefix("tfds:").rstrip("/"))
-    base = re.sub(r"\.(jsonl?|tar|parquet|array_record)$", "", base)
+    stem, suffix = os.path.splitext(base)
+    base = stem if suffix in FORMATS else base
     return re.sub(r"[^\w.-]+", "_", base).strip("_.") or "data"
 
 
@@ -155,7 +198,8 @@ def open_meta(
     InternVL's: all entries have it or none.
 
     Relative paths that do not exist from the working directory are taken from the meta file's.
-    'length' is ignored: the rows are counted.
+    'length' is ignored: the rows are counted. 'text' says that the annotation is plain text (a .txt
+    of a document per line, or a .jsonl with 'text'), all of which is predicted.
 
     Args:
       path: The file.
@@ -187,9 +231,7 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
         raise UserError(f"{where}: expected an object with a path under 'annotation'")
     if unknown := sorted(entry.keys() - _META_KEYS):
         raise UserError(f"{where}: unknown keys {unknown}; known are {sorted(_META_KEYS)}")
-    augment = entry.get("data_augment", False)
-    if not isinstance(augment, bool):
-        raise UserError(f"{where}: data_augment must be true or false, got {augment!r}")
+    augment = _flag(entry, "data_augment", where)
     repeat = _positive(entry.get("repeat_time", 1), "repeat_time", where)
     weight = entry.get("weight")
     weight = None if weight is None else _positive(weight, "weight", where)
@@ -200,7 +242,15 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
     if not isinstance(root, str):
         raise UserError(f"{where}: root must be a directory, got {root!r}")
     annotation, root = _resolve(entry["annotation"], path), _resolve(root, path)
-    source = open_source(annotation, name, root=root, max_tiles=max_tiles, images_only=images_only)
+    source: Source
+    if _flag(entry, "text", where):
+        if images_only:
+            raise UserError(f"{where}: text has no images, which is all that this stage reads")
+        source = TextRecords(name, annotation)
+    else:
+        source = open_source(
+            annotation, name, root=root, max_tiles=max_tiles, images_only=images_only
+        )
     state = (*_state(source, annotation), root)
     if repeat_mode == "internvl" and repeat < 1:
         count = int(len(source) * repeat)
@@ -210,6 +260,13 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
     elif repeat_mode == "internvl":
         repeat = float(int(repeat))
     return MetaEntry(name, source, repeat, weight, augment, state)
+
+
+def _flag(entry: dict[str, Any], key: str, where: str) -> bool:
+    value = entry.get(key, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:

@@ -78,6 +78,11 @@ def write_directory(
     stored = open_stored(model_dir)
     stored.check()
     config, data = stored.model, stored.data or DataConfig()
+    if data.tiler != "dynamic":
+        raise UserError(
+            f"{model_dir}: was trained with data.tiler={data.tiler!r}; the image processor of an "
+            "export cuts tiles as 'dynamic' does"
+        )
     table = {"reference": names.hovle, "fused": names.fused}[options.flavour]
     describe = {"reference": config_json.hovle_json, "fused": config_json.fused_json}[
         options.flavour

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax.config import TeacherConfig
+from hovle_jax.errors import UserError
 from hovle_jax.nn import dinov3, internvit, siglip  # noqa: F401  (they register themselves)
 from hovle_jax.nn.layers import axis_names
 from hovle_jax.nn.vit import TEACHERS
@@ -87,6 +88,8 @@ def targets(
     if pixels.shape[-3:-1] != (side, side):
         pixels = resize_pixels(pixels, side)
     out = apply(params, pixels, config, keep_hidden=layers_grid > 0)
+    if layers_grid and "layers" not in out:
+        raise UserError(f"config.distill.layers: teacher {config.kind!r} keeps no hidden states")
     sizes = {"features": grid} | ({"layers": layers_grid} if layers_grid else {})
     found = {name: jax.lax.stop_gradient(out[name]).astype(jnp.float32) for name in sizes}
     return {name: resize_grid(x, sizes[name]) for name, x in found.items()}
