@@ -21,9 +21,7 @@ def _then(a, b):
 
 @LAYER_TYPES.add("min_gru")
 class MinGRU(Mixer):
-    @staticmethod
-    def params(c):
-        return 3 * c.hidden_size**2
+    params = staticmethod(lambda c: 3 * c.hidden_size**2)
 
     @staticmethod
     def state(c, places):
@@ -34,8 +32,7 @@ class MinGRU(Mixer):
         size, axes, std = self.config.hidden_size, ("embed", "mlp"), self.config.initializer_range
         z, c = (Linear((size,), axes, std, name=n)(x).astype(jnp.float32) for n in ("z", "c"))
         z = jnp.where(inputs.segment_ids[..., None] > 0, jax.nn.sigmoid(z), 0)  # padding: h stays
-        keep = jnp.where(sample_begins(inputs.segment_ids)[..., None], 0, 1 - z)
-        new = z * c
+        keep, new = jnp.where(sample_begins(inputs.segment_ids)[..., None], 0, 1 - z), z * c
         if cache is not None:
             new = new.at[:, 0].add(keep[:, 0] * cache["h"])
         _, h = jax.lax.associative_scan(_then, (keep, new), axis=1)

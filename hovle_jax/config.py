@@ -7,24 +7,17 @@ validated, immutable dataclasses. A key that no dataclass knows is an error, nev
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
-import re
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_collections
 
 from hovle_jax.errors import UserError
-from hovle_jax.registry import load_plugins
 from hovle_jax.teaching import IMAGE_MEAN as IMAGE_MEAN
 from hovle_jax.teaching import IMAGE_STD as IMAGE_STD
 from hovle_jax.teaching import DistillConfig, MoreTeacher, TeacherConfig
-
-T = TypeVar("T")
+from hovle_jax.typed import ask, check_regex, from_dict, one_of, to_dict
 
 IGNORE = -100  # label of a token that is not predicted
 
@@ -122,11 +115,11 @@ class ModelConfig:
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _ask("hovle_jax.hf.families:FAMILIES", self.llm_family)
+        one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        ask("hovle_jax.hf.families:FAMILIES", self.llm_family)
         for name, stack in (("embedding", self.embedding), ("decoder", self.decoder)):
-            _one_of(f"model.{name}.rope_scaling", stack.rope_scaling, ("none", "linear", "dynamic"))
+            one_of(f"model.{name}.rope_scaling", stack.rope_scaling, ("none", "linear", "dynamic"))
             if stack.num_heads % stack.num_kv_heads:
                 raise UserError(f"model.{name}.num_heads must be a multiple of num_kv_heads")
             if not stack.layer_types or stack.num_layers % len(stack.layer_types):
@@ -135,8 +128,8 @@ class ModelConfig:
                     f"{len(stack.layer_types)} in layer_types"
                 )
             kinds = [_layer_type(kind) for kind in stack.period]
-            _ask("hovle_jax.nn.positions:POSITIONS", stack.positions)
-            mask = _ask("hovle_jax.nn.masks:MASKS", stack.mask)
+            ask("hovle_jax.nn.positions:POSITIONS", stack.positions)
+            mask = ask("hovle_jax.nn.masks:MASKS", stack.mask)
             if mask is not None and not any(kind.masked for kind in kinds):
                 raise UserError(
                     f"model.{name}.mask={stack.mask!r}: no layer of layer_types {stack.period} "
@@ -184,7 +177,7 @@ class ModelConfig:
 
     @property
     def _compressor(self) -> Any:
-        return _ask("hovle_jax.nn.compressors:COMPRESSORS", self.compressor)
+        return ask("hovle_jax.nn.compressors:COMPRESSORS", self.compressor)
 
     def params(self) -> int:
         """Parameters of the native tree (the released file adds two tensors nothing reads)."""
@@ -248,8 +241,8 @@ class DataConfig:
         for name in ("rows", "tokens", "window"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1")
-        _one_of("data.repeat_mode", self.repeat_mode, ("exact", "internvl"))
-        _one_of("data.too_long", self.too_long, ("error", "cut", "drop"))
+        one_of("data.repeat_mode", self.repeat_mode, ("exact", "internvl"))
+        one_of("data.too_long", self.too_long, ("error", "cut", "drop"))
         if self.holdout < 0 or self.holdout == 1:
             raise UserError("data.holdout must be 0, or at least 2")
 
@@ -287,8 +280,8 @@ class OptimConfig:
     )
 
     def __post_init__(self) -> None:
-        _one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
-        _one_of("optim.moments", self.moments, ("float32", "bfloat16", "int8"))
+        one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        one_of("optim.moments", self.moments, ("float32", "bfloat16", "int8"))
         if self.moments != "float32" and self.name != "adamw":
             raise UserError(f"optim.moments={self.moments!r} is for adamw, not {self.name!r}")
         if self.moments != "float32" and self.b2 > 0.99:
@@ -297,7 +290,7 @@ class OptimConfig:
                 f"see a second moment change by {1 - self.b2:.2g} of itself"
             )
         for i, group in enumerate(self.groups):
-            _regex(f"optim.groups[{i}].regex", group.regex)
+            check_regex(f"optim.groups[{i}].regex", group.regex)
         names = self.group_names
         if len(set(names)) < len(names):
             raise UserError(f"optim.groups: two of them are named alike ({', '.join(names)})")
@@ -322,7 +315,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise UserError("lora.rank must not be negative (0 = off)")
-        _regex("lora.targets", self.targets)
+        check_regex("lora.targets", self.targets)
 
 
 @dataclass(frozen=True)
@@ -416,7 +409,7 @@ class RunConfig:
             raise UserError("keep_best: needs data.holdout, else there is no loss to go by")
         if self.keep_best and not (self.eval_every and self.save_every % self.eval_every == 0):
             raise UserError("keep_best: needs an eval_every that divides save_every")
-        _regex("trainable", self.trainable)
+        check_regex("trainable", self.trainable)
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """A mutable copy for configs/*.py and command-line overrides."""
@@ -429,69 +422,5 @@ class RunConfig:
         return from_dict(cls, raw, "config")
 
 
-def to_dict(value: Any) -> Any:
-    """Dataclass -> nested dicts, tuples and scalars (JSON-ready but for the tuples)."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return tuple(to_dict(v) for v in value)
-    return value
-
-
-def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
-    """Nested mapping -> dataclass `cls`; names the key that is unknown or of the wrong type."""
-    for part in (raw, raw.get("model")):  # first: what follows may name what they register
-        if isinstance(part, typing.Mapping):
-            named = _convert(part.get("plugins", ()), tuple[str, ...], "config.model.plugins")
-            load_plugins(named)
-    hints = typing.get_type_hints(cls)
-    unknown = [k for k in raw if k not in hints]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], hints, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(hints))
-        raise UserError(f"{where}.{unknown[0]}: unknown config key; {hint}")
-    return cls(**{k: _convert(v, hints[k], f"{where}.{k}") for k, v in raw.items()})
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return value if isinstance(value, hint) else from_dict(hint, value, where)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is types.UnionType:  # only `X | None` is used
-        return None if value is None else _convert(value, args[0], where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{where}: {value!r} is not one of {', '.join(known)}")
-
-
-def _regex(where: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is no regular expression ({error})") from None
-
-
-def _ask(registry: str, name: str) -> Any:
-    """What `name` stands for in the registry at "module:NAME".
-
-    Its module lies below this one, because what it registers is made of these settings: it is
-    looked for when a config is made, and not imported with this file.
-    """
-    module, _, attribute = registry.partition(":")
-    return getattr(importlib.import_module(module), attribute).find(name)
-
-
 def _layer_type(kind: str) -> Any:
-    return _ask("hovle_jax.nn.stack:LAYER_TYPES", kind)
+    return ask("hovle_jax.nn.stack:LAYER_TYPES", kind)

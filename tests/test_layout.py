@@ -12,6 +12,7 @@ ORDER = [
     "run.preemption",
     "run.digests",
     "teaching",
+    "typed",
     "config",
     "tree",
     "run.metrics",
