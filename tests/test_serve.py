@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hovle_jax.cli.main import main
 from hovle_jax.generation.chat import Assistant, first_question
 from hovle_jax.serve import protocol
 from hovle_jax.serve.protocol import Limits
@@ -542,3 +543,11 @@ def test_a_refused_client_is_heard_out(gated):
     engine.open.set()
     for thread in threads:
         thread.join(60)
+
+
+def test_a_server_drops_no_connection_that_its_clients_keep(release, monkeypatch):
+    """Closed by both at once, an idle connection breaks with the next question on it."""
+    settings = {}
+    monkeypatch.setattr(uvicorn, "run", lambda application, **given: settings.update(given))
+    assert main(["serve", str(release), "--context", "256", "--slots", "1"]) == 0
+    assert uvicorn.Config(None, **settings).timeout_keep_alive > httpx.Limits().keepalive_expiry

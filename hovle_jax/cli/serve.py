@@ -215,6 +215,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
         port=args.port,
         log_level="warning",
         timeout_graceful_shutdown=args.drain,
+        timeout_keep_alive=75,  # longer than clients keep idle connections: they close first
     )
     return 0
 
