@@ -82,7 +82,7 @@ VARIANTS: dict[str, Changes] = {
     "post, hybrid, pooled": {
         **{"shuffle_loc": "post", "compressor": "average_pool", "decoder.qk_norm": True},
         **{"embedding.layer_types": ("linear_attention",)},
-        **{"decoder.layer_types": ("min_gru", "attention")},
+        **{"decoder.layer_types": ("min_gru", "attention"), "decoder.mask": "bidirectional"},
     },
 }
 EVERY = pytest.mark.parametrize("name", VARIANTS)

@@ -11,6 +11,8 @@ from etils import epath
 
 from hovle_jax.checkpoint import load, open_tree
 from hovle_jax.cli.main import load_config
+from hovle_jax.config import ModelConfig, from_dict
+from hovle_jax.errors import UserError
 from hovle_jax.train import train
 from hovle_jax.tree import flatten
 
@@ -20,6 +22,36 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "changes"),
+    [
+        ("llm_family", "llm_family", {"llm_family": "mistral"}),
+        ("layer_type", "embedding.layer_types", {"embedding": {"layer_types": ["min_gru"]}}),
+        ("compressor", "compressor", {"compressor": "average_pool", "shuffle": 4}),
+    ],
+)
+def test_a_part_is_there_once_its_file_is_named(name, key, changes):
+    """One file and one line of a config; tests/test_combinations.py is what the parts hold."""
+    raw = {"plugins": [str(EXAMPLES / f"{name}.py")]} | changes
+    config = from_dict(ModelConfig, raw, "config.model")
+    if name == "compressor":
+        assert config.tokens_per_tile == (config.grid // 4) ** 2 == 64
+        assert config.compressor_params == config.hidden_size**2
+    if name == "layer_type":
+        plain = ModelConfig().embedding
+        assert set(config.embedding.types) == {"min_gru"}
+        attention = 2 * plain.hidden_size * plain.head_dim * (plain.num_heads + plain.num_kv_heads)
+        less = plain.num_layers * (attention - 3 * plain.hidden_size**2)
+        assert config.embedding.params() == plain.params() - less
+    raw = changes if name != "layer_type" else {"embedding": {"layer_types": ["mingru"]}}
+    with pytest.raises(UserError, match=f"{key.split('.')[-1]}: '.*' is not one of"):
+        from_dict(ModelConfig, _misspelt(raw), "config.model")
+
+
+def _misspelt(raw):
+    return {k: f"{v}_" if isinstance(v, str) else v for k, v in raw.items()}
 
 
 def test_lora(world, tmp_path):
