@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from hovle_jax import model
 from hovle_jax.config import LayersConfig
@@ -34,6 +35,7 @@ def layer():
     x, segments = jnp.zeros((1, 4, 12)), np.ones((1, 4), np.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, inputs_of(segments), None)
     rng = np.random.default_rng(0)
+    shapes = meta.unbox(shapes)
     params = jax.tree.map(lambda s: jnp.float32(rng.normal(0, 0.4, s.shape)), shapes)
 
     def run(params, x, segments, state):
@@ -44,9 +46,7 @@ def layer():
 
 def by_definition(params, x: np.ndarray) -> np.ndarray:
     """One sample [S, E], token by token."""
-    p = jax.tree.map(lambda a: np.float64(a.unbox() if hasattr(a, "unbox") else a), params)[
-        "params"
-    ]
+    p = jax.tree.map(np.float64, params)["params"]
     memory, out = np.zeros((2, 6, 6)), []
     for token in np.float64(x):
         q, k, v = (np.einsum("e,ehd->hd", token, p[n]["kernel"]) for n in "qkv")

@@ -7,13 +7,16 @@ The default run reads what transformers wrote and computed (tests/golden/llm, by
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import hovle_jax
 from hovle_jax import checkpoint, model
+from hovle_jax.cli.main import main
 from hovle_jax.errors import UserError
 from hovle_jax.hf import live
 from hovle_jax.hf.configs import llm_config
@@ -21,7 +24,7 @@ from hovle_jax.hf.families import FAMILIES
 from hovle_jax.hf.section import Section
 from hovle_jax.hf.verify import Verifier
 from hovle_jax.hf.writer import ExportOptions, write_directory
-from tests.test_combinations import BASE, config_of, params_of
+from tests.test_combinations import BASE, EXAMPLES, config_of, params_of
 from tests.test_torch import run_alone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "llm"
@@ -132,6 +135,25 @@ def test_what_a_family_cannot_say_is_refused():
     wide = dataclasses.replace(BASE.decoder, head_dim=12)
     with pytest.raises(UserError, match="num_heads x head_dim is not hidden_size"):
         FAMILIES["internlm2"].write("internlm2", wide)
+
+
+def test_a_family_of_a_plugin_is_imported(tmp_path, one_line_error):
+    """The import is told the file, and the model remembers it."""
+    source = tmp_path / "mistral"
+    shutil.copytree(GOLDEN / "llama", source)
+    raw = json.loads((source / "config.json").read_text())
+    flags = {"attention_bias": False, "sliding_window": None}
+    names = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (source / "config.json").write_text(json.dumps(raw | flags | names))
+    tensors = load_file(source / "model.safetensors")
+    plain = {k: x for k, x in tensors.items() if not k.endswith("bias")}
+    save_file(plain, source / "model.safetensors")
+    plugin = str(EXAMPLES / "llm_family.py")
+    assert main(["import", str(source), str(tmp_path / "out"), "--plugin", plugin]) == 0
+    stored = checkpoint.open_stored(tmp_path / "out")
+    assert (stored.model.llm_family, stored.model.plugins) == ("mistral", (plugin,))
+    nothing = one_line_error(["import", str(source), str(tmp_path / "x"), "--plugin", "no.py"])
+    assert "model.plugins" in nothing
 
 
 def test_norms_of_q_and_k_do_something():

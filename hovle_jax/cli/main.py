@@ -142,7 +142,7 @@ def _import(args: argparse.Namespace, rest: list[str]) -> int:
         return _usage(f"unknown argument {rest[0]}")
     from hovle_jax.hf.importer import import_directory
 
-    for directory in import_directory(args.hf_dir, args.out_dir):
+    for directory in import_directory(args.hf_dir, args.out_dir, args.plugin):
         print(f"wrote {directory}")
     return 0
 
@@ -275,12 +275,19 @@ def _parser() -> argparse.ArgumentParser:
     imported = add(
         "import",
         _import,
-        "Hugging Face directory (HoVLE, InternVL, InternLM2, Llama, Qwen2) -> native directory.",
+        "Hugging Face directory (HoVLE, InternVL, InternLM2, Llama, Qwen) -> native directory.",
         "hovle import HoVLE runs/released",
     )
     imported.add_argument("hf_dir", metavar="HF_DIR")
     imported.add_argument(
         "out_dir", metavar="OUT_DIR", help="an InternVL gives OUT_DIR/{llm,teacher}"
+    )
+    imported.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a module or .py file that adds an LLM family; becomes one of model.plugins",
     )
 
     export = add(

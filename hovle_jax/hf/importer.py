@@ -9,20 +9,22 @@ give it back.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from hovle_jax import model
 from hovle_jax.checkpoint import UNUSED, write_config
-from hovle_jax.config import TeacherConfig
+from hovle_jax.config import ModelConfig, TeacherConfig
 from hovle_jax.hf.directory import new_directory
 from hovle_jax.hf.names import Row
 from hovle_jax.hf.reader import HubDirectory, Part, open_directory
 from hovle_jax.hf.shards import ShardWriter, Tensor, read_tensor, reading
 from hovle_jax.nn import teacher
+from hovle_jax.registry import load_plugins
 from hovle_jax.run.metrics import Progress
 from hovle_jax.streaming import Pieces, write_pieces
 from hovle_jax.tree import flatten
@@ -42,12 +44,17 @@ TOKENIZER_FILES = (
 )
 
 
-def import_directory(source: str | Path, out: str | Path) -> list[Path]:
+def import_directory(
+    source: str | Path, out: str | Path, plugins: Sequence[str] = ()
+) -> list[Path]:
     """Converts all parts of `source`; returns the native directories.
+
+    plugins: modules or files that register what is needed to read it; written into the config.
 
     Raises:
       UserError: tensors that are missing, unexpected, misshaped or cut short; a full disk.
     """
+    load_plugins(plugins)
     hub = open_directory(source)
     hub.check()
     out = Path(out)
@@ -61,7 +68,10 @@ def import_directory(source: str | Path, out: str | Path) -> list[Path]:
             directory = partial / names[kind]
             directory.mkdir(exist_ok=True)
             done = _write_part(hub, part, directory, progress, done)
-            write_config(directory, part.config, hub.data if kind == "model" else None)
+            config = part.config
+            if isinstance(config, ModelConfig):
+                config = dataclasses.replace(config, plugins=tuple(plugins))
+            write_config(directory, config, hub.data if kind == "model" else None)
             if kind == "model":
                 copy_tokenizer(hub.path, directory / "tokenizer")
     return [out / names[kind] for kind in hub.parts]
