@@ -167,6 +167,21 @@ class ModelConfig:
         return int(self._compressor.tokens_per_tile(self))
 
     @property
+    def token_grid(self) -> int:
+        """Tokens along one side of a tile, where they are a square.
+
+        Raises:
+          UserError: they are none.
+        """
+        side = math.isqrt(self.tokens_per_tile)
+        if side**2 != self.tokens_per_tile:
+            raise UserError(
+                f"model.compressor={self.compressor!r}: {self.tokens_per_tile} tokens of a tile "
+                "are no square, to be held against a teacher's"
+            )
+        return side
+
+    @property
     def patches_per_token(self) -> int:
         """Places of 'post' models' long stream that an image token takes."""
         return self.grid**2 // self.tokens_per_tile

@@ -146,7 +146,7 @@ def terms(
     else:
         output = model.embed(params, batch, c)
     table = jax.lax.stop_gradient(model.text_vectors(params, ids, c))
-    grid = c.grid // c.shuffle
+    grid = c.token_grid
     patches = c.grid if c.shuffle_loc == "post" else grid
     out: dict[str, jax.Array] = {}
     for number, t in enumerate(run_teachers(config)):
@@ -200,7 +200,7 @@ def _per_token(values: jax.Array, ids: jax.Array, config: ModelConfig) -> jax.Ar
     """[B, Z] -> [B, S]: an image token's mean over the places it takes in the layers' stream."""
     if config.shuffle_loc == "pre":
         return values
-    places = config.shuffle**2
+    places = config.patches_per_token
     width = jnp.where(ids == config.img_context_id, places, 1)
     starts = jnp.cumsum(width, axis=1) - width
     parts = [jnp.take_along_axis(values, starts + i, 1, mode="clip") for i in range(places)]

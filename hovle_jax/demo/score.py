@@ -100,5 +100,5 @@ def cosine_map(
     distances = jax.jit(lambda p, t, b: distill.terms(p, t, b, config)["image"])(
         params, teacher, batch
     )
-    grid = model.grid // model.shuffle
+    grid = model.token_grid
     return 1 - np.asarray(distances)[:, 2 : 2 + model.tokens_per_tile].reshape(-1, grid, grid)
