@@ -7,6 +7,7 @@ validated, immutable dataclasses. A key that no dataclass knows is an error, nev
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
