@@ -90,7 +90,7 @@ def test_a_mask_and_a_position_scheme(world, tmp_path):
     raw.model.embedding.mask, raw.model.embedding.positions = "tile", "spatial"
     config = RunConfig.from_config_dict(raw)
     train(config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
-    assert load(tmp_path / "run")[0].embedding == config.model.embedding
+    assert load(tmp_path / "run")[0].model.embedding == config.model.embedding
     with pytest.raises(UserError, match="embedding.mask='tile': the exported format knows"):
         write_directory(tmp_path / "run", tmp_path / "out", ExportOptions())
 
