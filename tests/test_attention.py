@@ -15,7 +15,7 @@ import pytest
 from hovle_jax import sharding
 from hovle_jax.config import MeshConfig, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.nn import attention, flash, teacher, tile_attention
+from hovle_jax.nn import attention, flash, teacher, tile_attention, vit
 
 HEADS, KV_HEADS, SIZE = 4, 2, 128
 # Lengths of the segments of each row; what is left is padding.
@@ -194,8 +194,8 @@ def test_the_teacher_on_tpu_is_the_teacher(monkeypatch, kind):
 
     expected = jax.jit(run())(pixels)
     tile = functools.partial(attention.attend_all, implementation="tile_interpret")
-    monkeypatch.setattr(teacher, "attend_all", tile)
-    monkeypatch.setattr(teacher, "aligned", lambda length: length + -length % 16)
+    monkeypatch.setattr(vit, "attend_all", tile)
+    monkeypatch.setattr(vit, "aligned", lambda length: length + -length % 16)
     text = str(jax.make_jaxpr(run())(pixels))
     assert "tile_mha_fwd" in text and "[2,32,128]" in text
     found = jax.jit(run())(pixels)

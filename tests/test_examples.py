@@ -6,13 +6,18 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from hovle_jax.checkpoint import load, open_tree
 from hovle_jax.cli.main import load_config
-from hovle_jax.config import ModelConfig, from_dict
+from hovle_jax.config import ModelConfig, RunConfig, from_dict
 from hovle_jax.errors import UserError
+from hovle_jax.hf.writer import ExportOptions, write_directory
+from hovle_jax.nn.images import Tokens
+from hovle_jax.nn.masks import reach
+from hovle_jax.nn.positions import POSITIONS, indices
 from hovle_jax.train import train
 from hovle_jax.tree import flatten
 
@@ -76,3 +81,24 @@ def test_lora(world, tmp_path):
     )
     assert adapted == {f"decoder/layers/{name}" for name in names}
     assert not any("/lora_" in k for k in flatten(load(tmp_path / "run")[1]))
+
+
+def test_a_mask_and_a_position_scheme(world, tmp_path):
+    """As their command lines say: named in a config, by their files."""
+    raw = world.config("distill", steps=1).to_config_dict()
+    raw.model.plugins = tuple(str(EXAMPLES / f"{n}.py") for n in ("tile_mask", "spatial_positions"))
+    raw.model.embedding.mask, raw.model.embedding.positions = "tile", "spatial"
+    config = RunConfig.from_config_dict(raw)
+    train(config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
+    assert load(tmp_path / "run")[0].model.embedding == config.model.embedding
+    with pytest.raises(UserError, match="embedding.mask='tile': the exported format knows"):
+        write_directory(tmp_path / "run", tmp_path / "out", ExportOptions())
+
+    ids = jnp.array([[1, *[9] * 8, 2]])
+    tokens = Tokens(ids, jnp.ones_like(ids), jnp.arange(10)[None], 9, tile=4, end_of_turn=3)
+    assert reach("tile", tokens)[0].tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 9]
+    scheme = POSITIONS["spatial"]
+    time, row, column = scheme.coordinates(indices(scheme, tokens)[0], tokens)
+    assert time[0].tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert row[0].tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert column[0].tolist() == [0, 0, 1, 0, 1, 0, 1, 0, 1, 0]
