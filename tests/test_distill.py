@@ -209,10 +209,8 @@ def test_heads_train_lie_in_checkpoints_and_in_no_model(world, dino_dir, tmp_pat
         found = flatten(initial_params(align, get_stage("align"), on))
     assert not any("heads" in path for path in found)
     path = "embedding/layers/attention/q/kernel"
-    wanted = {
-        path: jax.ShapeDtypeStruct(found[path].shape, np.float32, sharding=found[path].sharding)
-    }
-    np.testing.assert_array_equal(found[path], stored.read(wanted)[path])
+    want = jax.ShapeDtypeStruct(found[path].shape, np.float32, sharding=found[path].sharding)
+    np.testing.assert_array_equal(found[path], stored.read({path: want})[path])
 
 
 def test_a_teacher_of_other_settings_is_refused(world, dino_dir, tmp_path):
