@@ -146,17 +146,16 @@ def terms(
     else:
         output = model.embed(params, batch, c)
     table = jax.lax.stop_gradient(model.text_vectors(params, ids, c))
-    grid = c.token_grid
-    patches = c.grid if c.shuffle_loc == "post" else grid
+    places = c.grid**2 if c.shuffle_loc == "post" else c.tokens_per_tile
     out: dict[str, jax.Array] = {}
     for number, t in enumerate(run_teachers(config)):
-        layers_grid = patches if pairs and not number else 0
+        layer_places = places if pairs and not number else 0
         found = teacher.targets(
             _of_teacher(teacher_params, number),
             batch["pixels"],
             t.config,
-            grid,
-            layers_grid=layers_grid,
+            c.tokens_per_tile,
+            layer_places=layer_places,
         )
         if not number:
             is_image, rank = image_order(ids, c)
@@ -171,12 +170,12 @@ def terms(
             target = jnp.where(is_image[..., None], take(features, rank), table)
             both = distance(output, target)
             out |= {"image": _weighted(both, t.weight), "text": _weighted(both, d.text)}
-        if layers_grid:
-            _, places = image_order(long_ids, c)
+        if layer_places:
+            _, long_rank = image_order(long_ids, c)
             of_layers = [
                 distance(
                     _head(params, f"layer_{n}", hidden[n - 1]),
-                    take(_in_rows(found["layers"][m - 1]), places),
+                    take(_in_rows(found["layers"][m - 1]), long_rank),
                 )
                 for n, m in pairs
             ]

@@ -11,8 +11,11 @@ from hovle_jax import distill, losses, model, train_step
 from hovle_jax.checkpoint import latest_step, open_stored, save_model
 from hovle_jax.config import DistillConfig, MeshConfig, MoreTeacher, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
+from hovle_jax.initialize import initial_params
 from hovle_jax.nn import teacher
+from hovle_jax.run.hosts import make_mesh
 from hovle_jax.run.metrics import read_metrics
+from hovle_jax.stages import get_stage
 from hovle_jax.train import train
 from hovle_jax.tree import flatten, unflatten
 from tests.conftest import TEACHER as WORLD_TEACHER
@@ -106,7 +109,7 @@ def test_terms_of_two_teachers_and_hidden_states(loc):
         found = distill.terms(params, distill.teacher_tree(trees), batch, config)
         hidden = model.embed_layers(params, batch, config.model)
         targets = [
-            teacher.targets(t, batch["pixels"], c, 2, layers_grid=patches)
+            teacher.targets(t, batch["pixels"], c, 4, layer_places=patches**2)
             for t, c in zip(trees, (TEACHER, DINO), strict=True)
         ]
         return found, hidden, targets
@@ -200,9 +203,14 @@ def test_heads_train_lie_in_checkpoints_and_in_no_model(world, dino_dir, tmp_pat
     stored.check()
     assert stored.paths and not any("heads" in path for path in stored.paths)
 
-    align = world.config("align", steps=1, init__previous=str(tmp_path / "one"))
-    train(align, tmp_path / "align", devices=jax.devices()[:1], quiet=True)
-    assert not any("heads" in path for path in open_stored(tmp_path / "align").paths)
+    align = world.config("align", init__previous=str(tmp_path / "one"))
+    on = make_mesh(align.mesh, jax.devices()[:1])
+    with jax.set_mesh(on):
+        found = flatten(initial_params(align, get_stage("align"), on))
+    assert not any("heads" in path for path in found)
+    path = "embedding/layers/attention/q/kernel"
+    want = jax.ShapeDtypeStruct(found[path].shape, np.float32, sharding=found[path].sharding)
+    np.testing.assert_array_equal(found[path], stored.read({path: want})[path])
 
 
 def test_a_teacher_of_other_settings_is_refused(world, dino_dir, tmp_path):

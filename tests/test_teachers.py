@@ -165,8 +165,8 @@ def test_targets_are_on_the_students_grid():
 
     def both(small, large):
         raw = teacher.apply(params, small, config, keep_hidden=True)
-        same = teacher.targets(params, small, config, 3, layers_grid=3)
-        other = teacher.targets(params, large, config, 4, layers_grid=6)
+        same = teacher.targets(params, small, config, 9, layer_places=9)
+        other = teacher.targets(params, large, config, 16, layer_places=36)
         return raw, same, other
 
     raw, same, other = jax.jit(both, compiler_options=quick)(pixels, larger)
@@ -175,7 +175,7 @@ def test_targets_are_on_the_students_grid():
     assert other["features"].shape == (1, 2, 16, 24)
     assert other["layers"].shape == (2, 1, 2, 36, 24)
     # Every pixel four times is nearly the same picture: the middle of a 3 x 3 grid stays near.
-    inside = teacher.resize_grid(other["features"], 3)[0, :, 4], same["features"][0, :, 4]
+    inside = teacher.resize_grid(other["features"], 9)[0, :, 4], same["features"][0, :, 4]
     assert np.corrcoef(*(np.ravel(x) for x in inside))[0, 1] > 0.8
 
 
@@ -183,9 +183,11 @@ def test_a_grid_keeps_what_is_even_and_what_is_linear():
     row = np.arange(6.0)
     x = np.stack([np.add.outer(2 * row, row), np.ones((6, 6))], axis=-1).reshape(1, 36, 2)
     for grid in (3, 9):
-        out = np.asarray(teacher.resize_grid(jnp.asarray(x), grid)).reshape(grid, grid, 2)
+        out = np.asarray(teacher.resize_grid(jnp.asarray(x), grid**2)).reshape(grid, grid, 2)
         np.testing.assert_allclose(out[..., 1], 1, rtol=1e-5)
         centre = (np.arange(grid) + 0.5) * 6 / grid - 0.5
         inner = slice(1, -1)  # at the border neighbours are missing
         expected = np.add.outer(2 * centre, centre)[inner, inner]
         np.testing.assert_allclose(out[inner, inner, 0], expected, atol=1e-4)
+    with pytest.raises(UserError, match="36 features cannot be laid over the 12 tokens"):
+        teacher.resize_grid(jnp.asarray(x), 12)

@@ -164,14 +164,14 @@ def tabulate(directory: Path) -> str:
     lines = [f"| {names} |", "|" + "---|" * 11]
     plans = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     order = {key: i for i, key in enumerate(STAGES)}
-    for p in sorted(plans, key=lambda p: (p["model"], order[p["stage"]], p["topology"])):
+    for p in sorted(plans, key=lambda p: (p["model"], order.get(p["stage"], 9), p["topology"])):
         if "step_seconds" not in p:
             continue
         parts, hbm, seconds = p["parts"], p["hbm"], p["step_seconds"]
         exposed = parts["exposed_communication_seconds"] / seconds
         cells = (
             p["model"],
-            STAGES[p["stage"]],
+            STAGES.get(p["stage"], p["stage"]),
             p["topology"] + (f" x {p['slices']}" if p["slices"] > 1 else ""),
             f"{p['rows'] / p['chips']:g}, {p['tokens']:,} + {p['tiles']}",
             f"{p['remat']}, {p['loss_chunk']:,}",

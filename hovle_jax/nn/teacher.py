@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -74,23 +75,23 @@ def targets(
     params: dict[str, Any],
     pixels: jax.Array,
     config: TeacherConfig,
-    grid: int,
+    tokens: int,
     *,
-    layers_grid: int = 0,
+    layer_places: int = 0,
 ) -> dict[str, jax.Array]:
-    """What a student of grid x grid tokens per tile is held against, float32, without gradient.
+    """What a student of `tokens` per tile is held against, float32, without gradient.
 
     The student's tiles [..., H, W, 3] are resized to the teacher's own size, its features to the
-    student's grid; both only where they differ. -> {"features" [..., grid^2, E]} and, with
-    layers_grid, {"layers" [L, ..., layers_grid^2, C]}.
+    student's grid; both only where they differ. -> {"features" [..., tokens, E]} and, with
+    layer_places, {"layers" [L, ..., layer_places, C]}.
     """
     side = config.image_size
     if pixels.shape[-3:-1] != (side, side):
         pixels = resize_pixels(pixels, side)
-    out = apply(params, pixels, config, keep_hidden=layers_grid > 0)
-    if layers_grid and "layers" not in out:
+    out = apply(params, pixels, config, keep_hidden=layer_places > 0)
+    if layer_places and "layers" not in out:
         raise UserError(f"config.distill.layers: teacher {config.kind!r} keeps no hidden states")
-    sizes = {"features": grid} | ({"layers": layers_grid} if layers_grid else {})
+    sizes = {"features": tokens} | ({"layers": layer_places} if layer_places else {})
     found = {name: jax.lax.stop_gradient(out[name]).astype(jnp.float32) for name in sizes}
     return {name: resize_grid(x, sizes[name]) for name, x in found.items()}
 
@@ -103,13 +104,18 @@ def resize_pixels(pixels: jax.Array, side: int) -> jax.Array:
     return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8) if pixels.dtype == jnp.uint8 else x
 
 
-def resize_grid(x: jax.Array, grid: int) -> jax.Array:
-    """[..., g^2, C] -> [..., grid^2, C]: linear between the centres of places, with antialiasing
-    where they become fewer."""
+def resize_grid(x: jax.Array, tokens: int) -> jax.Array:
+    """[..., g^2, C] -> [..., tokens, C]: linear between the centres of places, with antialiasing
+    where they become fewer. Left alone where they are as many."""
     *lead, places, width = x.shape
-    side = round(places**0.5)
-    if side == grid:
+    if places == tokens:
         return x
+    side, grid = math.isqrt(places), math.isqrt(tokens)
+    if (side**2, grid**2) != (places, tokens):
+        raise UserError(
+            f"config.teacher: {places} features cannot be laid over the {tokens} tokens of a tile; "
+            "take a compressor whose tokens are a square"
+        )
     x = x.reshape(*lead, side, side, width)
     x = jax.image.resize(x, (*lead, grid, grid, width), "linear", antialias=True)
-    return x.reshape(*lead, grid * grid, width)
+    return x.reshape(*lead, tokens, width)
