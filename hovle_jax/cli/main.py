@@ -137,6 +137,18 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _study(args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        return _usage(f"unknown argument {rest[0]}")
+    from hovle_jax.study.plan import read_study
+    from hovle_jax.study.report import markdown
+    from hovle_jax.study.run import run_study
+
+    body = run_study(read_study(args.file), args.out, lambda line: print(line, flush=True))
+    print(f"\n{markdown(body)}\nwrote {args.out}/report.json, report.md and report.png")
+    return 0
+
+
 def _import(args: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         return _usage(f"unknown argument {rest[0]}")
@@ -216,6 +228,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="directory of the results")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--ablations", action="store_true", help="also without stage I, and III only")
+
+    study = add(
+        "study",
+        _study,
+        "Compare variants of the three stages over seeds on small tasks; resumes after a kill.",
+        "hovle study configs/studies/stages.py --out runs/stages",
+    )
+    study.add_argument("file", metavar="FILE.py", help="its get_study() says what is compared")
+    study.add_argument("--out", default="runs/study", metavar="DIR")
 
     train = add(
         "train",

@@ -39,11 +39,11 @@ def score_questions(
     # Half the file away: never the same image, and no structure of neighbours.
     moved = [rows[(i + len(rows) // 2) % len(rows)].images for i in range(len(rows))]
     shuffled = [dataclasses.replace(q, images=m) for q, m in zip(questions, moved, strict=True)]
-    answers = _answers(assistant, questions)
+    answers = answer_all(assistant, questions)
     scores = {
         "accuracy": _accuracy(answers, truths),
-        "blind": _accuracy(_answers(assistant, [_without_image(q) for q in questions]), truths),
-        "shuffled": _accuracy(_answers(assistant, shuffled), truths),
+        "blind": _accuracy(answer_all(assistant, [_without_image(q) for q in questions]), truths),
+        "shuffled": _accuracy(answer_all(assistant, shuffled), truths),
         "majority": collections.Counter(truths).most_common(1)[0][1] / len(truths),
         "n": len(truths),
     }
@@ -59,7 +59,8 @@ def score_questions(
     return scores, examples
 
 
-def _answers(assistant: Assistant, questions: list[Question]) -> list[str]:
+def answer_all(assistant: Assistant, questions: list[Question]) -> list[str]:
+    """Greedy answers of at most eight tokens."""
     out: list[str] = []
     for i in range(0, len(questions), BATCH):
         out += assistant.answer(questions[i : i + BATCH], max_new=8)

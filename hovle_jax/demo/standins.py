@@ -60,36 +60,32 @@ def _fit(
     return params
 
 
-def _load(paths: digits.Paths, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [n, H, W, 3], digits [n, 4]) of one split, from its files."""
-    names, labels = paths.labels(split)
-    images = [np.asarray(open_image(f"{paths.images}/{name}", name)) for name in names]
-    return np.stack(images), labels
-
-
-def _quadrants(features: jax.Array) -> jax.Array:
-    """[N, T, E] on a square grid -> mean feature of each quadrant [N, 4, E], as digits.CELLS."""
-    n, tokens, e = features.shape
-    half = math.isqrt(tokens) // 2
-    return features.reshape(n, 2, half, 2, half, e).mean((2, 4)).reshape(n, 4, e)
-
-
-def train_teacher(
-    config: TeacherConfig, words: np.ndarray, paths: digits.Paths, seed: int
-) -> tuple[Params, float]:
-    """(teacher parameters, accuracy of reading digits of held-out writers).
-
-    words: [10, E], the LM's vectors of the ten digits. Features are trained to point at the vector
-    of their label, because the teacher this stands for ends in the LLM's input space (mlp1).
-    """
-    parts = zip(_load(paths, "train"), _load(paths, "unpaired"), strict=True)
-    images, labels = (np.concatenate(x) for x in parts)
-    rng = np.random.default_rng((seed, 1))
+def pointing(features: jax.Array, words: np.ndarray) -> jax.Array:
+    """Scores of vectors [..., E] to point at each of `words` [W, E]: [..., W]."""
     words = words / np.linalg.norm(words, axis=-1, keepdims=True)
+    return TEMPERATURE * (features / jnp.linalg.norm(features, axis=-1, keepdims=True)) @ words.T
+
+
+def fit_teacher(
+    config: TeacherConfig,
+    words: np.ndarray,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    pool: Callable[[jax.Array], jax.Array],
+    seed: int,
+    steps: int,
+) -> tuple[Params, float]:
+    """(teacher parameters, accuracy of reading regions of test images).
+
+    words: [W, E], the LM's vectors of what there is to read. Features are trained to point at the
+    vector of their label, because the teacher this stands for ends in the LLM's input space (mlp1).
+    train, test: uint8 [n, H, W, 3], labels [n, R]. pool: features [n, T, E] -> regions [n, R, E].
+    """
+    images, labels = train
+    rng = np.random.default_rng((seed, 1))
 
     def scores(params: Params, pixels: jax.Array) -> jax.Array:
-        x = _quadrants(teacher.apply(params, pixels, config)["features"])
-        return TEMPERATURE * (x / jnp.linalg.norm(x, axis=-1, keepdims=True)) @ words.T
+        return pointing(pool(teacher.apply(params, pixels, config)["features"]), words)
 
     def loss(params: Params, batch: Any) -> jax.Array:
         pixels, labels = batch
@@ -102,17 +98,41 @@ def train_teacher(
             yield images[pick], labels[pick]
 
     params = teacher.init(jax.random.key(seed), config)
-    params = _fit("vision teacher", params, loss, batches(), TEACHER_STEPS, 2e-3)
-    test, truth = _load(paths, "test")
-    guess = jax.jit(scores)(params, test).argmax(-1)
-    return params, float((np.asarray(guess) == truth).mean())
+    params = _fit("vision teacher", params, loss, batches(), steps, 2e-3)
+    guess = jax.jit(scores)(params, test[0]).argmax(-1)
+    return params, float((np.asarray(guess) == test[1]).mean())
+
+
+def quadrants(features: jax.Array) -> jax.Array:
+    """[N, T, E] on a square grid -> mean feature of each quadrant [N, 4, E], as digits.CELLS."""
+    n, tokens, e = features.shape
+    half = math.isqrt(tokens) // 2
+    return features.reshape(n, 2, half, 2, half, e).mean((2, 4)).reshape(n, 4, e)
+
+
+def load_labelled(paths: digits.Paths, *splits: str) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [n, H, W, 3], digits [n, 4]) of some splits, from their files."""
+    images, labels = [], []
+    for split in splits:
+        names, found = paths.labels(split)
+        images += [np.asarray(open_image(f"{paths.images}/{name}", name)) for name in names]
+        labels.append(found)
+    return np.stack(images), np.concatenate(labels)
+
+
+def train_teacher(
+    config: TeacherConfig, words: np.ndarray, paths: digits.Paths, seed: int
+) -> tuple[Params, float]:
+    """(teacher parameters, accuracy of reading digits of held-out writers); words: of the ten."""
+    train = load_labelled(paths, "train", "unpaired")
+    test = load_labelled(paths, "test")
+    return fit_teacher(config, words, train, test, quadrants, seed, TEACHER_STEPS)
 
 
 def _text_row(
-    values: np.ndarray, kind: str, rng: np.random.Generator, tokenizer: Tokenizer, pad: int
+    user: str, answer: str, tokenizer: Tokenizer, pad: int
 ) -> tuple[dict[str, np.ndarray], int]:
     """A text-only conversation as one row, and the place of its answer's first token."""
-    user, answer = digits.text_example(values.tolist(), kind, rng)
     encoded = encode_conversation(
         [Turn("user", user), Turn("assistant", answer)],
         [],
@@ -127,18 +147,21 @@ def _text_row(
     return row, int(np.argmax(encoded.labels >= 0))
 
 
-def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Params, float]:
-    """(decoder and text table, held-out accuracy of answering questions about textual canvases)."""
-    rng = np.random.default_rng((seed, 2))
-    kinds = (*digits.QUESTION_TYPES, "caption")
+def fit_lm(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    example: Callable[[np.random.Generator, int, bool], tuple[str, str]],
+    seed: int,
+    steps: int,
+) -> tuple[Params, float]:
+    """(decoder and text table, accuracy of an answer's first token in examples of a test).
 
-    def rows(count: int, kinds: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        pairs = [
-            _text_row(
-                rng.integers(10, size=4), kinds[i % len(kinds)], rng, tokenizer, config.pad_id
-            )
-            for i in range(count)
-        ]
+    example: (rng, number of the example, of a test?) -> (user, answer), both of them text.
+    """
+    rng = np.random.default_rng((seed, 2))
+
+    def rows(count: int, *, test: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        pairs = [_text_row(*example(rng, i, test), tokenizer, config.pad_id) for i in range(count)]
         batch = {k: np.stack([row[k] for row, _ in pairs]) for k in pairs[0][0]}
         return batch, np.array([place for _, place in pairs])
 
@@ -152,13 +175,23 @@ def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Para
 
     def batches() -> Iterator[Any]:
         while True:
-            yield rows(LM_ROWS, kinds)[0]
+            yield rows(LM_ROWS, test=False)[0]
 
     full = model.init(jax.random.key(seed), config)
     params = {"embedding": {"text": full["embedding"]["text"]}, "decoder": full["decoder"]}
-    params = _fit("text-only LM", params, loss, batches(), LM_STEPS, 2e-3)
-    test, places = rows(600, digits.QUESTION_TYPES)
-    hidden = jax.jit(lambda p, b: model.language_hidden(p, b, config))(params, test)
+    params = _fit("text-only LM", params, loss, batches(), steps, 2e-3)
+    batch, places = rows(600, test=True)
+    hidden = jax.jit(lambda p, b: model.language_hidden(p, b, config))(params, batch)
     every = np.arange(len(places))
     guess = model.logits(params, hidden[every, places - 1]).argmax(-1)
-    return params, float((np.asarray(guess) == test["input_ids"][every, places]).mean())
+    return params, float((np.asarray(guess) == batch["input_ids"][every, places]).mean())
+
+
+def train_lm(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> tuple[Params, float]:
+    """(decoder and text table, held-out accuracy of answering questions about textual canvases)."""
+
+    def example(rng: np.random.Generator, i: int, test: bool) -> tuple[str, str]:
+        kinds = digits.QUESTION_TYPES if test else (*digits.QUESTION_TYPES, "caption")
+        return digits.text_example(rng.integers(10, size=4).tolist(), kinds[i % len(kinds)], rng)
+
+    return fit_lm(config, tokenizer, example, seed, LM_STEPS)

@@ -76,7 +76,7 @@ def goodput_table(runs: Sequence[RunRecord]) -> str:
 
 def write_plot(path: Path, runs: Sequence[RunRecord]) -> None:
     """Curves of all runs, overlaid, and a bar of where each one's time went, as a PNG."""
-    plt = _pyplot()
+    plt = pyplot()
     panels = [p for p in _PANELS if any(_columns(getattr(r, p[1]), p[2]) for r in runs)]
     rows = -(-len(panels) // 3)
     bar = 0.9 + 0.35 * len(runs)
@@ -92,7 +92,7 @@ def write_plot(path: Path, runs: Sequence[RunRecord]) -> None:
         plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         importlib.import_module("matplotlib").use("Agg")  # machines that train have no display
         return importlib.import_module("matplotlib.pyplot")

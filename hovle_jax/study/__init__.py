@@ -1,0 +1,1 @@
+"""Variants of the three stages, compared over seeds on tasks of minutes."""

@@ -1,0 +1,124 @@
+"""What a study compares: arms, each a change to one recipe, over seeds and tasks.
+
+    def get_study():
+        return Study("Does stage I pay?", (Arm("full"), Arm("no_stage1", stages=STAGES[1:])))
+
+Changes are keys of `RunConfig` and their values, "optim.b2", or of one stage, "distill:steps".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hovle_jax.config import RunConfig, to_dict
+from hovle_jax.errors import UserError
+
+STAGES = ("distill", "align", "instruct")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a task is, and how long what it starts from is trained."""
+
+    train: int = 2000  # canvases with a caption and two questions each
+    unpaired: int = 2000  # canvases of stage I
+    test: int = 200  # canvases with a question each
+    standin_steps: int = 250
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant of the recipe."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[str, ...] = STAGES
+    images: int = 0  # so many different canvases for stage I; 0 = all of `Sizes.unpaired`
+
+    def __post_init__(self) -> None:
+        where = f"arm {self.name!r}"
+        if not self.stages or list(self.stages) != [s for s in STAGES if s in self.stages]:
+            raise UserError(f"{where}: stages {self.stages} are not some of {STAGES}, in order")
+        for key in self.changes:
+            stage, colon, _ = key.rpartition(":")
+            if colon and stage not in self.stages:
+                raise UserError(f"{where}: {key!r} changes stage {stage!r}, which it does not have")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, asked with every arm, seed and task; differences are from the first arm."""
+
+    question: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tasks: tuple[str, ...] = ("digits", "words")
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to all arms, theirs win
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def __post_init__(self) -> None:
+        for what, values in (
+            ("arms", [arm.name for arm in self.arms]),
+            ("seeds", list(self.seeds)),
+            ("tasks", list(self.tasks)),
+        ):
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"study: {what} {values} must be different, and at least one")
+
+    def of(self, arm: Arm, stage: str) -> dict[str, Any]:
+        """{config key: value} of what an arm changes in a stage."""
+        return _of(self.changes, stage) | _of(arm.changes, stage)
+
+    def key(self, arm: Arm, upto: str) -> str:
+        """The same for arms that are the same up to this stage: they share its result."""
+        chain = []
+        for stage in arm.stages[: arm.stages.index(upto) + 1]:
+            images = arm.images if stage == "distill" else 0
+            chain.append([stage, images, sorted(self.of(arm, stage).items())])
+        text = json.dumps([chain, to_dict(self.sizes)], default=to_dict)
+        return f"{upto}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _of(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Those of all stages, then those of this one."""
+    start = f"{stage}:"
+    own = {k.removeprefix(start): v for k, v in changes.items() if k.startswith(start)}
+    return {k: v for k, v in changes.items() if ":" not in k} | own
+
+
+def read_study(path: str | Path) -> Study:
+    """What `get_study()` of a file returns."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location("hovle_study", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = module.get_study() if hasattr(module, "get_study") else None
+    if not isinstance(study, Study):
+        raise UserError(f"{path}: needs a function get_study() that returns a hovle_jax Study")
+    return study
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunConfig:
+    """`config` with some keys replaced; UserError names one it has not."""
+    raw = to_dict(config)
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = raw
+        for name in parents:
+            node = node.get(name)
+            if not isinstance(node, dict):
+                raise UserError(f"{where}: {key!r}: {name!r} is no section of a config")
+        if leaf not in node:
+            raise UserError(f"{where}: {key!r} is no key of a config")
+        node[leaf] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return RunConfig.from_config_dict(raw)
