@@ -63,6 +63,17 @@ def test_distances():
         np.testing.assert_allclose(losses.DISTANCES[name](a, b), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", losses.DISTANCES)
+def test_every_distance_is_zero_at_its_target_and_smooth_everywhere(name):
+    distance = losses.DISTANCES[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
+    np.testing.assert_allclose(distance(x, x), 0, atol=1e-5)
+    assert (distance(x, -x) > 0.1).all()
+    for start in (x, -x, jnp.zeros_like(x)):  # padding is zero
+        gradient = jax.grad(lambda a: distance(a, x).sum())(start)
+        assert np.isfinite(gradient).all()
+
+
 def config_of(loc: str = "pre", **changes) -> RunConfig:
     return RunConfig(model=MODELS[loc], teacher=TEACHER, **changes)
 

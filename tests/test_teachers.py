@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax import checkpoint
-from hovle_jax.config import TeacherConfig
+from hovle_jax import checkpoint, sharding
+from hovle_jax.config import MeshConfig, TeacherConfig
 from hovle_jax.data.image import resize
 from hovle_jax.errors import UserError
 from hovle_jax.hf import live
 from hovle_jax.hf.importer import import_directory
 from hovle_jax.nn import teacher
+from hovle_jax.run.hosts import make_mesh
 from hovle_jax.tree import flatten
 
 TOWERS = Path(__file__).parent / "golden" / "towers"
@@ -144,6 +145,40 @@ def test_unknown_kinds_and_widths():
         teacher.abstract_params(TeacherConfig(kind="clip"))
     with pytest.raises(UserError, match="out_size 2048 must be .* 4096: siglip has no projector"):
         teacher.abstract_params(TeacherConfig(kind="siglip"))
+
+
+@pytest.mark.parametrize("kind", teacher.TEACHERS)
+def test_every_tower_is_saved_and_is_the_same_on_eight_devices(kind, tmp_path):
+    config = dataclasses.replace(
+        TeacherConfig(kind=kind, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=24),
+        image_size=16,
+        patch_size=4,
+        shuffle=2,
+        out_size=64,
+        registers=1,
+        initializer_range=0.2,
+        dtype="float32",
+    )
+    params = teacher.init(jax.random.key(0), config)
+    checkpoint.save_model(tmp_path / "teacher", config, params)
+    stored, again = checkpoint.load(tmp_path / "teacher", "teacher")
+    assert stored.config == config
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 2, 16, 16, 3)).astype(np.uint8)
+
+    def run(params, pixels):
+        return teacher.targets(params, pixels, config, 4, layer_places=16)
+
+    single = jax.jit(run, compiler_options=quick)(again, pixels)
+    assert single["features"].shape == (4, 2, 4, 64)
+    assert single["layers"].shape == (2, 4, 2, 16, 16)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    where = sharding.tree_shardings(teacher.param_axes(config), params, mesh)
+    assert any(s.spec != jax.sharding.PartitionSpec() for s in jax.tree.leaves(where))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((params, pixels), (where, sharding.batch_sharding(mesh)))
+        split = jax.jit(run, compiler_options=quick)(*placed)
+    for name, x in single.items():
+        np.testing.assert_allclose(split[name], x, atol=2e-5, err_msg=name)
 
 
 def test_tiles_are_resized_as_pillow_does():
