@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
 from hovle_jax.cli.main import main
 from hovle_jax.demo import run, settings, standins
+
+ROOT = Path(__file__).parent.parent
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -70,3 +76,27 @@ def test_interactive_chat_keeps_history_and_ends_at_an_empty_line(demo, capsys, 
 
 def test_a_directory_with_files_is_not_overwritten(demo, one_line_error):
     assert "is not empty" in one_line_error(["demo", "--out", str(demo)])
+
+
+def test_the_quick_start(demo, tmp_path, monkeypatch):
+    """Every line of docs/quickstart.md that is marked with this test, as it stands there."""
+    page = (ROOT / "docs/quickstart.md").read_text()
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(demo)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "STEPS", {"distill": 2, "align": 2, "instruct": 2})
+    config, scoring = re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M)
+    (tmp_path / "configs/deeper.py").write_text(config)
+    blocks = re.findall(
+        r"((?:^    .*\n)+)\n<!-- test: .*test_the_quick_start -->", page, flags=re.M
+    )
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    assert [c[0] for c in commands].count("train") == 3 and len(commands) == 9
+    for command in commands:
+        assert main(command) == 0, command
+    exec(scoring, {})
+    made = json.loads((tmp_path / "runs/deeper/instruct/config.json").read_text())
+    assert made["config"]["model"]["embedding"]["num_layers"] == 4
+    for name in ("row.png", "distill.png", "compare.png", "exported/verification.json"):
+        assert (tmp_path / name).stat().st_size > 100
