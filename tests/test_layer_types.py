@@ -132,7 +132,7 @@ def test_hidden_states_come_in_the_order_of_the_layers():
     np.testing.assert_allclose(last, out["hidden"], atol=1e-6)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_engine_keeps_states_of_its_slots(int8, quick_compilation):
     """More requests than slots, prefixes kept: what a model that recomputes would answer."""
     name = "post, hybrid, pooled"
