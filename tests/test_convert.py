@@ -616,6 +616,8 @@ def test_fused_is_the_same_function(tmp_path):
         ({"decoder": dataclasses.replace(LAYERS, rms_norm_eps=1e-6)}, "rms_norm_eps"),
         ({"decoder": dataclasses.replace(LAYERS, qkv_bias=True)}, "biases"),
         ({"decoder": dataclasses.replace(LAYERS, num_kv_heads=6)}, "num_kv_heads"),
+        ({"embedding": dataclasses.replace(LAYERS, mask="prefix")}, "attention is causal"),
+        ({"decoder": dataclasses.replace(LAYERS, positions="2d")}, "positions are 1-D"),
     ],
 )
 def test_fused_refuses_what_is_not_exact(change, reason):
@@ -623,6 +625,15 @@ def test_fused_refuses_what_is_not_exact(change, reason):
     with pytest.raises(UserError, match="not exact") as error:
         config_json.fused_json(config, DataConfig(), "float32")
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"mask": "bidirectional"}, {"positions": "3d"}])
+def test_transformers_own_llm_is_plain(change):
+    config = dataclasses.replace(
+        LLM, llm_family="llama", decoder=dataclasses.replace(LAYERS, **change)
+    )
+    with pytest.raises(UserError, match="exports of family 'llama' run transformers' own LLM"):
+        config_json.hovle_json(config, DataConfig(), "float32")
 
 
 def test_fused_head_is_never_tied():
