@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from hovle_jax import model
+from hovle_jax.config import RunConfig
 from hovle_jax.data.sources import open_meta
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
@@ -20,7 +22,7 @@ from hovle_jax.study.tasks import TASKS, Files, write
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-SMALL = Sizes(train=24, unpaired=12, test=10, standin_steps=2)
+SMALL = Sizes(train=24, unpaired=12, test=10, lm_steps=2, teacher_steps=2)
 TWO = Study(
     "Does more of it help?",
     (Arm("captions", stages=("align",)), Arm("questions", stages=("align", "instruct"))),
@@ -65,6 +67,10 @@ def test_a_study_goes_on_where_it_stopped_and_shares_stages(tmp_path, monkeypatc
     monkeypatch.setattr(run, "train", None)
     monkeypatch.setattr(run, "_ask", None)
     assert run.run_study(TWO, tmp_path, lambda line: None) == body, "nothing is left to do"
+
+    other = dataclasses.replace(TWO, sizes=dataclasses.replace(SMALL, train=30))
+    with pytest.raises(UserError, match="has data of other sizes"):
+        run.run_study(other, tmp_path, lambda line: None)
 
     found = body["results"]["words"]
     assert list(found) == ["captions", "questions"] and found["questions"]["questions"] == 10
@@ -180,16 +186,16 @@ def test_arms_share_what_they_do_not_change():
     assert all(a != b for a, b in zip(keys[0], keys[3], strict=True))
 
 
-def test_what_is_wrong_with_a_study_is_one_line(tmp_path, world):
-    with pytest.raises(UserError, match="arm 'x': stages .* are not some of"):
-        Arm("x", stages=("instruct", "align"))
+def test_what_is_wrong_with_a_study_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="arm 'x': stages .* must be different"):
+        Arm("x", stages=("align", "align"))
     with pytest.raises(UserError, match="changes stage 'distill', which it does not have"):
         Arm("x", {"distill:steps": 3}, stages=("instruct",))
     with pytest.raises(UserError, match="arms .* must be different"):
         Study("?", (Arm("x"), Arm("x")))
     with pytest.raises(UserError, match=r"study.tasks: 'letters' is not one of words, digits"):
         run.run_study(Study("?", (Arm("x"),), tasks=("letters",)), tmp_path)
-    config = world.config("instruct")
+    config = RunConfig(stage="instruct")
     with pytest.raises(UserError, match=r"arm 'x': 'optim.lrr' is no key"):
         changed(config, {"optim.lrr": 1.0}, "arm 'x'")
     with pytest.raises(UserError, match="'optimizer' is no section"):
@@ -199,11 +205,11 @@ def test_what_is_wrong_with_a_study_is_one_line(tmp_path, world):
         read_study(tmp_path / "empty.py")
 
 
-def test_the_studies_of_the_repository_name_real_keys(pytestconfig, world):
+def test_the_studies_of_the_repository_name_real_keys(pytestconfig):
     for path in sorted((pytestconfig.rootpath / "configs" / "studies").glob("*.py")):
         study = read_study(path)
         for arm in study.arms:
             for stage in arm.stages:
                 places = {"{align}": "x", "{align_text}": "x", "{instruct_text}": "x"}
                 own = {k: places.get(v, v) for k, v in study.of(arm, stage).items() if v != ()}
-                changed(world.config(stage), own, f"{path.name}, arm {arm.name!r}")
+                changed(RunConfig(stage=stage), own, f"{path.name}, arm {arm.name!r}")

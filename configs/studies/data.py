@@ -1,6 +1,6 @@
 """The paper's scaling of distillation data: fewer different images, and fewer steps.
 
-    hovle study configs/studies/data.py --out runs/studies/data
+    hovle study configs/studies/data.py --out runs/studies
 
 Arms with fewer images take as many steps as the first, over the same images again and again.
 """

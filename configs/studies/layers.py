@@ -1,6 +1,6 @@
 """The paper's ablation of the embedding module's depth.
 
-    hovle study configs/studies/layers.py --out runs/studies/layers
+    hovle study configs/studies/layers.py --out runs/studies
 
 The LLM keeps its two layers; the teacher has three.
 """

@@ -1,6 +1,6 @@
 """The paper's ablation of stages: without stage I, without II, without both.
 
-    hovle study configs/studies/stages.py --out runs/studies/stages
+    hovle study configs/studies/stages.py --out runs/studies
 
 Stages that stay take as many steps as before: an arm that drops one is also the cheaper one.
 """

@@ -144,8 +144,9 @@ def _study(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.study.report import markdown
     from hovle_jax.study.run import run_study
 
-    body = run_study(read_study(args.file), args.out, lambda line: print(line, flush=True))
-    print(f"\n{markdown(body)}\nwrote {args.out}/report.json, report.md and report.png")
+    name = Path(args.file).stem
+    body = run_study(read_study(args.file), args.out, lambda x: print(x, flush=True), name)
+    print(f"\n{markdown(body)}\nwrote {args.out}/{name}.json, {name}.md and {name}.png")
     return 0
 
 
@@ -233,10 +234,10 @@ def _parser() -> argparse.ArgumentParser:
         "study",
         _study,
         "Compare variants of the three stages over seeds on small tasks; resumes after a kill.",
-        "hovle study configs/studies/stages.py --out runs/stages",
+        "hovle study configs/studies/stages.py --out runs/studies",
     )
     study.add_argument("file", metavar="FILE.py", help="its get_study() says what is compared")
-    study.add_argument("--out", default="runs/study", metavar="DIR")
+    study.add_argument("--out", default="runs/studies", metavar="DIR")
 
     train = add(
         "train",

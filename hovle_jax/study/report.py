@@ -71,10 +71,11 @@ def summary(study: Study, correct: Correct, cpu_seconds: float) -> dict[str, Any
     }
 
 
-def write(out: Path, body: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(body, indent=2) + "\n")
-    (out / "report.md").write_text(markdown(body))
+def write(path: Path, body: dict[str, Any]) -> None:
+    """As path.json and path.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(f"{path.name}.json").write_text(json.dumps(body, indent=2) + "\n")
+    path.with_name(f"{path.name}.md").write_text(markdown(body))
 
 
 def markdown(body: dict[str, Any]) -> str:

@@ -4,12 +4,13 @@ OUT/compiled                          programs, which seeds share
 OUT/TASK/seed-N/data, standins        files, text-only LM and vision teacher
 OUT/TASK/seed-N/STAGE-KEY             work directories; arms alike up to a stage share it
 OUT/TASK/seed-N/answers/STAGE-KEY.json
-OUT/report.json, report.md, report.png
+OUT/NAME.json, NAME.md, NAME.png      the report; studies in one directory share all of the above
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -21,11 +22,19 @@ import jax
 import numpy as np
 
 from hovle_jax.checkpoint import read_config, save_model
-from hovle_jax.config import InitConfig, LayersConfig, ModelConfig, RunConfig, TeacherConfig
+from hovle_jax.config import (
+    InitConfig,
+    LayersConfig,
+    ModelConfig,
+    RunConfig,
+    TeacherConfig,
+    to_dict,
+)
 from hovle_jax.data.readers import JsonlConversations
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.demo import settings, standins
 from hovle_jax.demo.score import answer_all
+from hovle_jax.errors import UserError
 from hovle_jax.generation.chat import Assistant, Question
 from hovle_jax.stages import get_stage
 from hovle_jax.study import report
@@ -59,34 +68,33 @@ class World:
     model: ModelConfig
 
 
-def run_study(study: Study, out: str | Path, say: Say = print) -> dict[str, Any]:
-    """Runs what is not there yet, writes the report and returns it.
+def run_study(
+    study: Study, out: str | Path, say: Say = print, name: str = "report"
+) -> dict[str, Any]:
+    """Runs what is not there yet, writes the report `name` and returns it.
 
     Raises:
       UserError: an arm with a config key that is none, or whatever a stage raises.
     """
     out = Path(out)
-    for name in study.tasks:
-        TASKS.find(name)
+    for task in study.tasks:
+        TASKS.find(task)
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    pairs = [(seed, task) for seed in study.seeds for task in study.tasks]
     correct: report.Correct = {task: {} for task in study.tasks}
-    total = len(pairs) * len(study.arms)
-    for n, (seed, name) in enumerate(pairs):
-        root = out / name / f"seed-{seed}"
-        for i, arm in enumerate(study.arms):
-            say(f"[{n * len(study.arms) + i + 1}/{total}] {name}, seed {seed}: {arm.name}")
-            answers = root / "answers" / f"{study.key(arm, arm.stages[-1])}.json"
-            if not answers.is_file():
-                _run_arm(study, arm, _prepare(study, name, seed, root, say), answers, say)
-            found = json.loads(answers.read_text())["correct"]
-            correct[name].setdefault(arm.name, []).append(found)
-        report.write(out, report.summary(study, correct, _cpu_seconds(out, study)))
-    body = report.summary(study, correct, _cpu_seconds(out, study))
-    report.write(out, body)
-    report.draw(out / "report.png", body)
+    units = list(itertools.product(study.seeds, study.tasks, study.arms))
+    for number, (seed, task, arm) in enumerate(units, 1):
+        say(f"[{number}/{len(units)}] {task}, seed {seed}: {arm.name}")
+        root = out / task / f"seed-{seed}"
+        answers = root / "answers" / f"{study.key(arm, arm.stages[-1])}.json"
+        if not answers.is_file():
+            _run_arm(study, arm, _prepare(study, task, seed, root, say), answers, say)
+        found = json.loads(answers.read_text())["correct"]
+        correct[task].setdefault(arm.name, []).append(found)
+        body = report.summary(study, correct, _cpu_seconds(out, study))
+        report.write(out / name, body)
+    report.draw(out / f"{name}.png", body)
     return body
 
 
@@ -109,10 +117,13 @@ def _prepare(study: Study, name: str, seed: int, root: Path, say: Say) -> World:
 
     def make() -> dict[str, Any]:
         files, tokenizer = write(task, root / "data", seed, study.sizes)
-        return {"quality": _standins(task, files, _model(tokenizer), tokenizer, seed, root, study)}
+        quality = _standins(task, files, _model(tokenizer), tokenizer, seed, root, study)
+        return {"quality": quality, "sizes": to_dict(study.sizes)}
 
     done = (root / "standins.json").is_file()
     found = _once(root / "standins.json", make)
+    if found["sizes"] != to_dict(study.sizes):
+        raise UserError(f"{root}: has data of other sizes, {found['sizes']}; take another --out")
     if not done:
         say("  " + _seconds("stand-ins", found) + f", {found['quality']}")
     files = Files(root / "data")
@@ -133,8 +144,8 @@ def _standins(
     root: Path,
     study: Study,
 ) -> dict[str, float]:
-    steps = study.sizes.standin_steps
-    llm, reads = standins.fit_lm(config, tokenizer, task.text, seed, steps)
+    sizes = study.sizes
+    llm, reads = standins.fit_lm(config, tokenizer, task.text, seed, sizes.lm_steps)
     save_model(root / "standins" / "llm", config, llm)
     vectors = np.asarray(llm["embedding"]["text"]["table"])
     words = vectors[[tokenizer.encode_ordinary(symbol)[-1] for symbol in task.symbols]]
@@ -145,7 +156,9 @@ def _standins(
         out_size=LAYERS.hidden_size,
     )
     parts = files.labelled("train", "unpaired"), files.labelled("test")
-    teacher, sees = standins.fit_teacher(teacher_config, words, *parts, task.pool, seed, steps)
+    teacher, sees = standins.fit_teacher(
+        teacher_config, words, *parts, task.pool, seed, sizes.teacher_steps
+    )
     save_model(root / "standins" / "teacher", teacher_config, teacher)
     return {"language model": round(reads, 3), "teacher": round(sees, 3)}
 
@@ -175,8 +188,9 @@ def stage_config(
     previous: work directory of the stage before, '' for none; before: its config's stage.
     """
     places = world.files.places
+    recipe = stage if stage in STEPS else "align"
     base = settings.stage_config(
-        stage,
+        recipe,
         world.model,
         seed=world.seed,
         tokenizer=world.files.tokenizer,
@@ -185,16 +199,15 @@ def stage_config(
             teacher=str(world.root / "standins" / "teacher"),
             previous=previous,
         ),
-        meta=places.get(f"{{{stage}}}", ""),
+        meta=places.get(f"{{{recipe}}}", ""),
         images=(world.files.unpaired(arm.images),) if stage == "distill" else (),
     )
     teacher = read_config(base.init.teacher)
     assert isinstance(teacher, TeacherConfig)
-    base = dataclasses.replace(base, teacher=teacher, steps=STEPS[stage])
+    base = dataclasses.replace(base, teacher=teacher, steps=STEPS[recipe])
     base = changed(base, {"data.rows": 16, "guards.step_timeout": 0.0}, "study")
-    own = {
-        k: places.get(v, v) if isinstance(v, str) else v for k, v in study.of(arm, stage).items()
-    }
+    asked = {"stage": stage} | study.of(arm, stage)
+    own = {k: places.get(v, v) if isinstance(v, str) else v for k, v in asked.items()}
     config = changed(base, own, f"arm {arm.name!r}, stage {stage!r}")
     # An arm that leaves stages out, or has its own, says so with it.
     scratch = get_stage(config.stage).after != before
