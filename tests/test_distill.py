@@ -169,7 +169,7 @@ def test_terms_of_two_teachers_and_hidden_states(loc):
 @pytest.fixture(scope="module")
 def dino_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("dino")
-    save_model(root, DINO, teacher.init(jax.random.key(3), DINO))
+    save_model(root, DINO, compiled(lambda key: teacher.init(key, DINO))(jax.random.key(3)))
     return str(root)
 
 
