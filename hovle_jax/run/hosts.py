@@ -287,12 +287,13 @@ def fail(error: BaseException, *, traceback: bool = False) -> None:
     if jax.process_count() < 2:
         return
     line = lost_peer(error) or (str(error) if isinstance(error, UserError) else "")
-    if line and not traceback:
-        print(f"error: {line}", file=sys.stderr)
-    else:
-        print_exception(error)
-    sys.stderr.flush()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # what is full may be the log's disk
+        if line and not traceback:
+            print(f"error: {line}", file=sys.stderr)
+        else:
+            print_exception(error)
+        sys.stderr.flush()
+        sys.stdout.flush()
     with contextlib.suppress(Exception):  # nobody is left to tell
         _close_the_door()
     os._exit(1)

@@ -45,8 +45,14 @@ def _config(world: World, **changes) -> RunConfig:
 
 
 def _disk_full(world: World, tmp_path: Path) -> str:
-    """Files of one host may not grow; nothing is frozen, so the first large ones are a save's."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    """Files of one host may not grow; nothing is frozen, so the first large ones are a save's. Its
+    log goes through another process, which may write what tensorstore's threads say meanwhile."""
+    limit = (
+        "import os, resource, subprocess\n"
+        "log = subprocess.Popen(['cat'], stdin=subprocess.PIPE).stdin.fileno()\n"
+        "os.dup2(log, 1), os.dup2(log, 2)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    )
     launch = _two(world, tmp_path, limit, trainable=".*")
     assert launch.wait() == [1, 1]
     assert cluster.saved(tmp_path / "run") == []
