@@ -147,7 +147,11 @@ def test_unknown_kinds_and_widths():
         teacher.abstract_params(TeacherConfig(kind="siglip"))
 
 
-@pytest.mark.parametrize("kind", teacher.TEACHERS)
+# `pytest -m slow`: each compiles two programs.
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] * (k != "dinov3")) for k in teacher.TEACHERS],
+)
 def test_every_tower_is_saved_and_is_the_same_on_eight_devices(kind, tmp_path):
     config = dataclasses.replace(
         TeacherConfig(kind=kind, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=24),
