@@ -180,7 +180,7 @@ def tabulate(directory: Path) -> str:
             " + ".join(f"{parts[f'{k}_seconds']:.3f}" for k in ("matrix", "vector", "kernel")),
             f"{exposed:.1%}",
             f"{p['mfu']:.3f}",
-            f"{p['days']:.1f}, {p['chip_hours']:,.0f}",
+            f"{p['days']:.2f}, {p['chip_hours']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
