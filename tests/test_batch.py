@@ -15,9 +15,11 @@ import pytest
 
 from hovle_jax.cli.main import main
 from hovle_jax.data.records import Turn
-from hovle_jax.generation.batch import Settings, answer_file
+from hovle_jax.errors import UserError
+from hovle_jax.generation.batch import Settings, answer_file, join, part_of
 from hovle_jax.generation.chat import Assistant, Question
 from hovle_jax.generation.text_stream import TextStream
+from tests.test_hosts import free_port
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NEW = 6
@@ -171,6 +173,52 @@ def test_killed_three_times(release, tmp_path):
     assert lines <= target.read_bytes().count(b"\n") < 60  # it was killed before its end
     subprocess.run([*argv, "--output", str(target)], check=True)
     assert target.read_bytes() == whole.read_bytes()
+
+
+def test_shares_of_hosts_become_one_file(assistant, release, tmp_path):
+    rows = [{"prompt": f"{'a b ' * (i % 3)} {i}", "id": i} for i in range(7)]
+    rows[4] = {"prompt": "where", "image": "nowhere.png"}
+    source = write(tmp_path / "in.jsonl", rows)
+    run(assistant, source, tmp_path / "whole.jsonl")
+    target = str(tmp_path / "out.jsonl")
+    engine = assistant.engine(slots=2, context=1024)
+    shares = [part_of(target, host, 3) for host in range(3)]
+    found = [
+        answer_file(assistant, engine, str(source), part, Settings(NEW), (host, 3))
+        for host, part in enumerate(shares)
+    ]
+    assert found == [(0, 2, 0), (0, 3, 0), (0, 2, 1)]
+    whole, last = Path(shares[1]).read_bytes(), Path(shares[1]).read_bytes().splitlines(True)[:1]
+    Path(shares[1]).write_bytes(b"".join(last) + b'{"ro')  # killed
+    again = answer_file(assistant, engine, str(source), shares[1], Settings(NEW), (1, 3))
+    assert again == (1, 2, 0) and Path(shares[1]).read_bytes() == whole
+    with pytest.raises(UserError, match="is of another number of hosts than 2"):
+        part_of(target, 0, 2)
+    join(target, 3)
+    assert Path(target).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert part_of(target, 1, 3) == target and not list(tmp_path.glob("*-of-*"))
+
+
+def test_two_hosts_answer_a_file(release, tmp_path):
+    """Real processes; the second start finds everything there."""
+    source = write(tmp_path / "in.jsonl", [{"prompt": f"a b {i}"} for i in range(5)])
+    target = tmp_path / "out.jsonl"
+    argv = ["generate", str(release), "--input", str(source), "--max-new-tokens", str(NEW), *SHAPES]
+    assert main([*argv, "--output", str(tmp_path / "whole.jsonl")]) == 0
+
+    def start() -> list[int]:
+        join = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
+        command = [sys.executable, "-m", "hovle_jax.cli", *argv, "--output", str(target), *join]
+        started = [subprocess.Popen([*command, f"--process={i}"]) for i in range(2)]
+        try:
+            return [process.wait(300) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+
+    assert start() == [0, 0]
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert start() == [0, 0] and len(list(tmp_path.iterdir())) == 3
 
 
 # Text as it comes

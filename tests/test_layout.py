@@ -167,6 +167,7 @@ ORDER = [
     "bench.steps",
     "bench.generate",
     "bench.overhead",
+    "cli.hosts",
     "cli.data",
     "cli.bench",
     "cli.checkpoint",

@@ -24,6 +24,7 @@ from hovle_jax.cli import data as cli_data
 from hovle_jax.cli import eval as cli_eval
 from hovle_jax.cli import plan as cli_plan
 from hovle_jax.cli import serve as cli_serve
+from hovle_jax.cli.hosts import add_hosts
 from hovle_jax.errors import UserError
 from hovle_jax.run import preemption
 
@@ -248,17 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
     train.add_argument("--workdir", required=True)
-    coordinator = train.add_argument("--coordinator", default="", metavar="HOST:PORT")
-    coordinator.help = "of several hosts, where neither TPU nor Slurm tells; with the next two"
-    train.add_argument("--processes", type=int, default=1)
-    train.add_argument("--process", type=int, default=0, help="this one, from 0")
-    train.add_argument(
-        "--start-timeout", type=int, default=300, help="seconds in which all hosts have to come"
-    )
-    train.add_argument(
-        "--dead-after", type=int, default=100, help="seconds of silence that make a host dead"
-    )
-
+    add_hosts(train)
     traced = train.add_argument("--profile", default="", metavar="START:COUNT")
     traced.help = "trace these steps into WORKDIR/profile, for xprof"
     again = train.add_argument("--replay-step", type=int, default=0, metavar="K")

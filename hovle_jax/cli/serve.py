@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hovle_jax.cli.data import add_command
+from hovle_jax.cli.hosts import add_hosts
 from hovle_jax.errors import UserError
 
 PREFIX_MIB = 1024
+PATIENCE = 14 * 86400.0  # seconds that a host waits for the answers of the others
 
 
 def add_commands(commands: Any) -> None:
@@ -41,6 +43,7 @@ def add_commands(commands: Any) -> None:
     )
     generate.add_argument("--output", required=True, metavar="OUT.jsonl")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    add_hosts(generate)
     _add_engine(generate)
 
     serve = add_command(
@@ -129,7 +132,7 @@ def _load(args: argparse.Namespace) -> Any:
     if len(sizes) != 2 or not all(s.isdecimal() and int(s) for s in sizes):
         raise UserError(f"--mesh must be two numbers, as 2x4, not {args.mesh}")
     data, tensor = map(int, sizes)
-    devices = jax.devices()
+    devices = jax.local_devices()
     if data * tensor > len(devices):
         raise UserError(f"--mesh {args.mesh} needs {data * tensor} devices, found {len(devices)}")
     mesh = None
@@ -165,15 +168,38 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> int:
 def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         return _unknown("generate", rest)
-    from hovle_jax.generation.batch import Settings, answer_file
+    import jax
+
+    from hovle_jax.generation.batch import Settings, answer_file, join, part_of
+    from hovle_jax.run import hosts
 
     _at_least_one(args, "max_new_tokens", "slots", "context")
     settings = Settings(args.max_new_tokens, _sampling(args), tuple(filter(None, args.stop)))
-    assistant = _load(args)
-    engine = assistant.engine(slots=args.slots, context=args.context, **_options(args))
-    before, now, errors = answer_file(assistant, engine, args.input, args.output, settings)
-    was = f" ({before} were there)" if before else ""
-    print(f"{args.output}: {now} rows{was}, {errors} of them errors")
+    hosts.connect(
+        args.coordinator, args.processes, args.process, args.start_timeout, args.dead_after
+    )
+    share = jax.process_index(), jax.process_count()
+    try:
+        barrier = hosts.DataBarrier(PATIENCE)
+        with barrier.together():
+            target = part_of(args.output, *share)
+        if target == args.output:  # alone, or what all have written is there
+            share = 0, 1
+            if jax.process_index():
+                return 0
+        assistant = _load(args)
+        engine = assistant.engine(slots=args.slots, context=args.context, **_options(args))
+        before, now, errors = answer_file(assistant, engine, args.input, target, settings, share)
+        was = f" ({before} were there)" if before else ""
+        print(f"{target}: {now} rows{was}, {errors} of them errors")
+        if share[1] > 1:
+            errors = sum(map(int, barrier.gather(str(errors))))
+            if share[0] == 0:
+                join(args.output, share[1])
+                print(f"{args.output}: the rows of {share[1]} hosts")
+    except Exception as error:
+        hosts.fail(error)
+        raise
     return 1 if errors else 0
 
 

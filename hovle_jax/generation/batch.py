@@ -3,12 +3,17 @@
 One line out per line in, in the same order, written as soon as all before it are. A line of output
 names its line of input by number and checksum, so that a run that was killed goes on after the last
 complete line, and one whose input has changed since is refused.
+
+Of several hosts each answers its share of the rows on its own devices, into OUT.PART-of-HOSTS; when
+all are through, the parts become OUT. Hosts say nothing to each other in between.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import heapq
 import json
 import os
 import sys
@@ -47,10 +52,47 @@ class _Row:
     finished: bool = False
 
 
+def part_of(target: str, host: int, hosts: int) -> str:
+    """Where a host writes its share; `target` itself where it is alone.
+
+    Raises:
+      UserError: there are parts of another number of hosts, which nothing would go on with.
+    """
+    if hosts == 1 or Path(target).exists():  # finished, and to be looked at by the first host
+        return target
+    beside = Path(target).absolute().parent.glob(f"{Path(target).name}.*-of-*")
+    for path in beside:
+        if not path.name.endswith(f"-of-{hosts}"):
+            raise UserError(
+                f"{path}: is of another number of hosts than {hosts}; start as many as then, or "
+                "delete it"
+            )
+    return f"{target}.{host}-of-{hosts}"
+
+
+def join(target: str, hosts: int) -> None:
+    """The parts of all hosts, in the order of the rows, become `target`."""
+    parts = [f"{target}.{host}-of-{hosts}" for host in range(hosts)]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(part, "rb")) for part in parts]
+        out = stack.enter_context(open(f"{target}.joined", "wb"))
+        out.writelines(heapq.merge(*files, key=lambda line: json.loads(bytes(line))["row"]))
+    os.replace(f"{target}.joined", target)
+    for part in parts:
+        os.remove(part)
+
+
 def answer_file(
-    assistant: Assistant, engine: Engine, source: str, target: str, settings: Settings
+    assistant: Assistant,
+    engine: Engine,
+    source: str,
+    target: str,
+    settings: Settings,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[int, int, int]:
     """Answers the rows of `source` that `target` has no line for.
+
+    share: (which host this is, how many there are); its rows are every so manyth.
 
     Returns (answered before, answered now, errors now).
     """
@@ -59,7 +101,7 @@ def answer_file(
     if Path(target).exists() and Path(target).samefile(source):
         raise UserError(f"--output {target} is the input")
     Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    lines = _lines(source)
+    lines = _lines(source, *share)
     before = _resume(target, lines, source)
     order: collections.deque[_Row] = collections.deque()
     running: dict[int, _Row] = {}
@@ -133,11 +175,11 @@ def _submit(engine: Engine, request: Any, where: str) -> int:
         raise UserError(f"{where}: {error}") from None
 
 
-def _lines(source: str) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of all lines that are not blank."""
+def _lines(source: str, host: int, hosts: int) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of a host's lines that are not blank."""
     with open(source, "rb") as file:
         for n, line in enumerate(file, 1):
-            if line.strip():
+            if line.strip() and n % hosts == host:
                 yield n, line.strip()
 
 
