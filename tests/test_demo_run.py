@@ -78,6 +78,7 @@ def test_a_directory_with_files_is_not_overwritten(demo, one_line_error):
     assert "is not empty" in one_line_error(["demo", "--out", str(demo)])
 
 
+@pytest.mark.slow  # trains, asks and exports once more: a minute; run with `pytest -m slow`
 def test_the_quick_start(demo, tmp_path, monkeypatch):
     """Every line of docs/quickstart.md that is marked with this test, as it stands there."""
     page = (ROOT / "docs/quickstart.md").read_text()
