@@ -22,8 +22,8 @@ def get_study():
     late = {
         "late:data.meta": "{instruct}",
         "late:trainable": "embedding/.*",
-        "late:steps": 125,
-        "instruct:steps": 125,
+        "late:steps": 150,
+        "instruct:steps": 150,
     }
     return Study(
         "What helps beyond the paper?",

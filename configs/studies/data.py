@@ -12,10 +12,9 @@ def get_study():
     return Study(
         "How much distillation data?",
         (
-            Arm("2,000 images, 300 steps"),
-            Arm("500 images, 300 steps", images=500),
-            Arm("100 images, 300 steps", images=100),
-            Arm("2,000 images, 100 steps", {"distill:steps": 100}),
-            Arm("2,000 images, 30 steps", {"distill:steps": 30}),
+            Arm("2,000 images, 200 steps"),
+            Arm("400 images, 200 steps", images=400),
+            Arm("80 images, 200 steps", images=80),
+            Arm("2,000 images, 50 steps", {"distill:steps": 50}),
         ),
     )

@@ -30,7 +30,7 @@ class Sizes:
     train: int = 2000  # canvases with a caption and two questions each
     unpaired: int = 2000  # canvases of stage I
     test: int = 200  # canvases with a question each
-    lm_steps: int = 200
+    lm_steps: int = 300
     teacher_steps: int = 500
 
 

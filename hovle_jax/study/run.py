@@ -53,7 +53,7 @@ LAYERS = LayersConfig(
     initializer_range=0.12,
     max_positions=1024,
 )
-STEPS = {"distill": 300, "align": 60, "instruct": 250}
+STEPS = {"distill": 200, "align": 200, "instruct": 300}
 Say = Callable[[str], None]
 
 
