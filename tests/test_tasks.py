@@ -80,6 +80,7 @@ def test_answers_are_scored_and_training_does_not_notice(plain, questions, world
     assert scores(tmp_path / "fewer")[4] == 100
 
 
+@pytest.mark.slow  # two processes that train and answer; run with `pytest -m slow`
 def test_several_hosts_answer_together(questions, world, tmp_path):
     config = config_of(world, questions, mesh__fsdp=2, mesh__tensor=2)
     cluster.run(config, tmp_path / "run").done()
