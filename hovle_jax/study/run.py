@@ -53,7 +53,7 @@ LAYERS = LayersConfig(
     initializer_range=0.12,
     max_positions=1024,
 )
-STEPS = {"distill": 200, "align": 200, "instruct": 300}
+STEPS = {"distill": 200, "align": 400, "instruct": 300}
 Say = Callable[[str], None]
 
 
