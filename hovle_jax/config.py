@@ -25,7 +25,7 @@ IGNORE = -100  # label of a token that is not predicted
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """A stack of causal layers (spec: InternLM2-1.8B's), all alike unless `layer_types` differ.
+    """A stack of causal layers (InternLM2-1.8B's), all alike unless `layer_types` differ.
 
     The holistic embedding module and the LLM are both such stacks.
     """

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from hovle_jax.cli import plan
 from hovle_jax.cli.main import _parser, load_config
 from hovle_jax.config import RunConfig
+from hovle_jax.tpu import aot, chips
+from hovle_jax.tpu.cost import Cost
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -256,6 +260,19 @@ def test_costs_follow_from_configs_and_plans():
         total += hours
     expected = [total, total / 256, total * scale["v5p"], total * scale["v6e"]]
     assert [number(c) for c in table["all"][2:]] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("stage, which", [("1_distill", 1), ("2_align", 2), ("3_instruct", 2)])
+def test_a_plan_counts_host_cores_as_they_were_measured(stage, which):
+    page = (DOCS / "performance.md").read_text()
+    rates = re.search(r"core delivered (\d+) tiles/s of stage I and (\d+) of stages II", page)
+    assert rates
+    config = load_config(str(ROOT / f"configs/stage{stage}.py:hovle_2b"))
+    step = aot.Plan(aot.Memory(0.0, 0.0, 0.0, 1.0), 1.0, Cost(2.0, 0.0, 0.0, (), (), 0.0))
+    target = aot.Topology("v5e:1x1", chips.CHIPS["v5e"], 1, (None,))
+    tiles = config.data.rows * config.data.tiles / 2.0
+    cores = plan.report(config, target, step)["host_cores"]
+    assert cores == math.ceil(tiles / int(rates[which]))
 
 
 def test_parameters_of_the_model_page():

@@ -236,7 +236,7 @@ def _seed(seed: int, name: str) -> tuple[int, int]:
 
 class UnpairedImages:
     """Stage I: images of a record and unrelated text in one causal sequence, in random order
-    (spec 4.4). Turns of the record are not read.
+    (docs/design.md). Turns of the record are not read.
 
     The text is a run of `text_ratio` tokens per image token: uniformly random ordinary ids, a span
     of token shards from a random token on, or lines of a text file from a random line on.
