@@ -2,7 +2,7 @@
 # Stages I, II and III, one after the other; the same command again goes on where it stopped.
 #   bash launch/stages.sh [--dry-run] [--retries N] [--config.KEY=VALUE ...]
 # Settings, from the environment or from the files named by SETTINGS (launch/example.env says
-# what each is): RUNS TOKENIZER LLM TEACHER IMAGES ALIGN INSTRUCT; optional: MODEL, ARGS1, ARGS2, ARGS3,
+# what each is): RUNS TOKENIZER LLM TEACHER IMAGES ALIGN INSTRUCT; optional: MODEL, INDEX, ARGS1, ARGS2, ARGS3,
 # TEXT (stage I: text in place of random tokens), STAGES ("1 2 3"), CONFIGS (their directory),
 # CONNECT (--coordinator HOST:PORT --processes N --process I, where hosts do not find each other).
 # A stage that ended with status 75 has saved a checkpoint and is run again, up to N times (100).
@@ -22,6 +22,10 @@ while [ $# -gt 0 ]; do
 done
 for file in ${SETTINGS:-}; do load "$file"; done
 need RUNS TOKENIZER
+if [ -n "${INDEX:-}" ]; then # lengths are looked up at random, which no mounted bucket is made for
+  run cp -rT "$INDEX" /dev/shm/hovle-index
+  overrides+=(--config.data.index=/dev/shm/hovle-index)
+fi
 read -ra connect <<<"${CONNECT:-}"
 
 stopped='' child=''
