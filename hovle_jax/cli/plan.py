@@ -239,7 +239,7 @@ def table(body: dict[str, Any]) -> str:
         f"  throughput          {body['tokens_per_chip_second']:,.0f} tokens and "
         f"{body['tiles_per_chip_second']:.1f} tiles per chip and second",
         f"  the whole stage     {body['days']:.1f} days, {body['chip_hours']:,.0f} chip-hours",
-        f"  data                {body['host_cores']} host cores, of all hosts, to decode and resize",
+        f"  data                {body['host_cores']} cores of all hosts decode and resize",
         f"  compiled in {body['compile_seconds']:.0f} s, fingerprint {body['fingerprint']}",
     ]
     return "\n".join(lines)

@@ -244,7 +244,7 @@ LAYER_TYPES: Registry[type[Mixer]] = Registry("model.*.layer_types")
 
 
 def output_std(config: LayersConfig) -> float:
-    """Residual outputs start smaller the deeper the stack: near-identity layers (docs/design.md, Stages)."""
+    """Residual outputs start smaller the deeper the stack: near identity (docs/design.md)."""
     return config.initializer_range / math.sqrt(2 * config.num_layers)
 
 
