@@ -161,7 +161,7 @@ def test_memory_is_bounded(plan):
 
 
 def test_masks_over_images_are_computed_in_the_kernels():
-    """With a reach of each query: one kernel forward, one backward; no scores, no mask in memory."""
+    """With a reach of each query: a kernel forward, one backward; no scores or mask in memory."""
     pytest.importorskip("libtpu", reason="needs libtpu: pip install 'hovle-jax[tpu]'")
     length, where = 1100, SingleDeviceSharding(aot.topology("v5e:4x4").devices[0])
 
