@@ -150,8 +150,12 @@ def test_blocks_make_no_scores_of_later_keys(length, share):
     assert flops("blocks") == pytest.approx(share * flops("xla"), rel=0.02)
 
 
-def test_blocks_divide_the_length():
-    assert [flash.block_of(n) for n in (128, 4096, 4224, 13312, 640)] == [128, 512, 384, 512, 128]
+def test_blocks_are_as_large_as_pays():
+    lengths = (100, 128, 640, 1100, 4096, 18176, 28160)
+    assert [flash.block_of(n) for n in lengths] == [128, 128, 384, 384, 512, 512, 512]
+    for length in range(1, 3000, 7):  # padded to whole blocks, a row keeps its block
+        block = flash.block_of(length)
+        assert flash.block_of(length + -length % block) == block
 
 
 def test_query_heads_stay_with_their_kv_heads():

@@ -120,13 +120,14 @@ def greedy_buffer(lengths: Lengths, tokens: int, tiles: int, size: int = 20) -> 
 
 def attention_share(lengths: Lengths, rows: Rows, tokens: int) -> float:
     """Blocks that attention visits in these rows, of those it would visit were each one sample."""
-    length = tokens + -tokens % flash.LANES
+    block = flash.block_of(tokens)
+    length = tokens + -tokens % block
     segments = np.zeros((len(rows), length), np.int32)
     for ids, row in zip(segments, rows, strict=True):
         inside = np.repeat(np.arange(1, len(row) + 1), [lengths[i][0] for i in row])
         ids[: len(inside)] = inside
     places = jnp.broadcast_to(jnp.arange(length), segments.shape)
-    visited = flash.visits(jnp.asarray(segments), places, flash.block_of(length))
+    visited = flash.visits(jnp.asarray(segments), places, block)
     blocks = visited.shape[1]
     return float(visited.sum()) / (len(rows) * blocks * (blocks + 1) / 2)
 

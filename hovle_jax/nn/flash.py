@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # lengths and blocks are multiples of the chip's vector width
+LANES = 128  # blocks are multiples of the chip's vector width
 BLOCK = 512
 VMEM_FOR_DQ = 48 * 2**20  # dq of all heads of one kv head, in float32
 MASKED = -1e30  # finite: what sees nothing in one block must not become NaN in the next
@@ -45,7 +45,7 @@ def attention(
     length = q.shape[2]
     places = jnp.arange(length, dtype=jnp.int32)
     reach = jnp.broadcast_to(places, segment_ids.shape) if reach is None else reach
-    pad = -length % LANES
+    pad = -length % block_of(length)
     if pad:  # after the last query: no other sees so far
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
         segment_ids, reach = (jnp.pad(x, ((0, 0), (0, pad))) for x in (segment_ids, reach))
@@ -53,7 +53,17 @@ def attention(
 
 
 def block_of(length: int) -> int:
-    return max(b for b in range(LANES, BLOCK + 1, LANES) if length % b == 0)
+    """The block a row is cut into, padded if it must be: 512 for all but short rows.
+
+    The one whose visits take least time: as the compiler schedules them, that of its pairs and of
+    97,000 more (docs/performance.md).
+    """
+
+    def cost(block: int) -> int:
+        blocks = -(-length // block)
+        return blocks * (blocks + 1) * (block * block + 97_000)
+
+    return min(range(LANES, BLOCK + 1, LANES), key=cost)
 
 
 def visits(segment_ids: jax.Array, reach: jax.Array, block: int) -> jax.Array:

@@ -174,7 +174,7 @@ def test_masks_over_images_are_computed_in_the_kernels():
     text = jax.jit(attend).lower(q, k, k, per_token, per_token).compile().as_text()
     kernels = re.findall(r"%\S*(splash_mha_[a-z]+)\S* = .* custom-call", text)
     assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_fwd"]
-    padded = length + -length % flash.LANES
+    padded = length + -length % flash.block_of(length)
     assert f"{padded},{padded}" not in text and f"{length},{length}" not in text
 
 
