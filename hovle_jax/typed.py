@@ -63,6 +63,11 @@ def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(known)}")
 
 
+def check_fraction(where: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{where} must be a fraction from 0 to 1, got {value:g}")
+
+
 def check_regex(where: str, pattern: str) -> None:
     try:
         re.compile(pattern)

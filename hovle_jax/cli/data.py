@@ -208,11 +208,13 @@ def _prompt(args: argparse.Namespace, rest: list[str], load_config: Load) -> int
 
 
 def _index(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+    from hovle_jax.data import files
     from hovle_jax.data.pipeline import Pipeline
     from hovle_jax.data.tokenizer import Tokenizer
     from hovle_jax.stages import get_stage
 
     config = load_config(args.config, rest)
+    files.check_local(args.out, "--out")
     stage = get_stage(config.stage)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     out = Path(args.out)
