@@ -315,7 +315,6 @@ def test_prune(workdir, capsys):
         (["ls", "{llm}"], "is a model directory"),
         (["diff", "{llm}", "{tmp}"], "neither a model or work directory"),
         (["prune", "{run}", "--keep", "0"], "at least the newest"),
-        (["ls", "{run}", "--all"], "unknown argument --all"),
     ],
 )
 def test_bad_input(argv, says, finished, world, tmp_path, one_line_error):
