@@ -64,13 +64,51 @@ def reaching():
     return output_and_gradients("xla", causal=False)
 
 
-@pytest.mark.parametrize("kernels", ["one backward kernel", "two backward kernels"])
-def test_splash_gives_the_numbers_of_xla(reference, monkeypatch, kernels):
+@pytest.mark.parametrize("heads", ["all heads of a kv head", "a head at a time"])
+def test_splash_gives_the_numbers_of_xla(reference, monkeypatch, heads):
     monkeypatch.setattr(flash, "BLOCK", 128)  # several blocks, as at full length
-    if kernels == "two backward kernels":
+    if heads == "a head at a time":
         monkeypatch.setattr(flash, "VMEM_FOR_DQ", 0)
     for expected, found in zip(reference, output_and_gradients("splash_interpret"), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_are_visited_where_something_is_seen(seed):
+    """All of those, and no others but those of the reach of a neighbour in a block."""
+    rng = np.random.default_rng(seed)
+    block, blocks = 8, 6
+    lengths = rng.integers(1, 20, 8)
+    segments = np.repeat(np.arange(1, 9), lengths)[: block * blocks - int(rng.integers(0, 12))]
+    segments = np.pad(segments, (0, block * blocks - len(segments)))[None].astype(np.int32)
+    places = np.arange(block * blocks, dtype=np.int32)[None]
+    for reach in (places, np.minimum(places + 5, places.max())):
+        seen = (segments[0][:, None] == segments[0]) & (places[0] <= reach[0][:, None])
+        wanted = seen.reshape(blocks, block, blocks, block).any((1, 3))
+        found = np.asarray(flash.visits(jnp.asarray(segments), jnp.asarray(reach), block))[0]
+        assert (found | ~wanted).all(), "a block that is seen was left out"
+        if reach is places:
+            assert (found == wanted).all(), "a block was visited in vain"
+
+
+def test_blocks_of_other_segments_are_not_read(monkeypatch):
+    """Keys, values and gradients of another segment's blocks are NaN: one visit would show."""
+    monkeypatch.setattr(flash, "BLOCK", 128)
+    segments = jnp.asarray(np.repeat([[1, 2, 2, 3]], 128, axis=1).astype(np.int32))
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(1, 2, 512, 128)), jnp.float32) for _ in "qkvw")
+    second = (segments == 2)[:, None, :, None]
+
+    def loss(q, k, v):
+        out = flash.attention(q, k, v, segments, interpret=True)
+        return jnp.sum(jnp.where(second, 0, out * weight)), out
+
+    grad = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    found, out = grad(q, *(jnp.where(second, jnp.nan, x) for x in (k, v)))
+    want, expected = grad(q, *(jnp.where(second, 0, x) for x in (k, v)))
+    assert np.isnan(np.asarray(out)[:, :, 128:384]).all(), "its own queries do see them"
+    for x, y in zip((out, *found), (expected, *want), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(jnp.where(second, 0, z)) for z in (x, y)))
 
 
 def test_splash_over_places_that_are_split(reference):
@@ -112,8 +150,12 @@ def test_blocks_make_no_scores_of_later_keys(length, share):
     assert flops("blocks") == pytest.approx(share * flops("xla"), rel=0.02)
 
 
-def test_blocks_divide_the_length():
-    assert [flash.block_of(n) for n in (128, 4096, 4224, 13312, 640)] == [128, 512, 384, 512, 128]
+def test_blocks_are_as_large_as_pays():
+    lengths = (100, 128, 640, 1100, 4096, 18176, 28160)
+    assert [flash.block_of(n) for n in lengths] == [128, 128, 384, 384, 512, 512, 512]
+    for length in range(1, 3000, 7):  # padded to whole blocks, a row keeps its block
+        block = flash.block_of(length)
+        assert flash.block_of(length + -length % block) == block
 
 
 def test_query_heads_stay_with_their_kv_heads():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -53,6 +54,16 @@ def test_packers_place_every_sample_once_within_both_limits(packer, tokens, tile
     assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
     totals = np.array([np.sum([lengths[i] for i in row], axis=0) for row in rows])
     assert (totals <= (tokens, tiles)).all()
+
+
+def test_attention_visits_what_samples_see():
+    """Rows of 4 blocks: one sample of all, two of half, one in each block and a bit."""
+    lengths = [(2048, 0), (1024, 0), (512, 0), (513, 0)]
+    share = functools.partial(packing.attention_share, lengths, tokens=2048)
+    assert share([[0]]) == 1.0
+    assert share([[1, 1]]) == (3 + 3) / 10
+    assert share([[2, 2, 2, 2]]) == 4 / 10
+    assert share([[3, 3, 3]]) == 7 / 10  # each reaches into the next block, the last is its own
 
 
 def test_first_fit_takes_the_first_row():

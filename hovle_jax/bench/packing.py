@@ -4,7 +4,8 @@
     first fit    the same windows, in stream order
     buffer       the running buffer of InternVL 2.5 (internvl/train/dataset_packed.py)
 
-Only lengths are looked at, so a million samples take seconds and no images.
+Only lengths are looked at, so a million samples take seconds and no images. *Attention* is the
+share of a causal row's blocks that TPU's kernels visit: samples in one row do not see each other.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from hovle_jax.data.pack import best_fit
 from hovle_jax.errors import UserError
+from hovle_jax.nn import flash
 
 Lengths = Sequence[tuple[int, int]]
 Rows = list[list[int]]
@@ -27,9 +30,9 @@ KINDS = {"caption": 0.35, "document": 0.30, "several": 0.10, "text": 0.25}
 
 
 def synthetic_lengths(
-    count: int, seed: int, *, tokens_per_tile: int = 256, max_tiles: int = 12
+    count: int, seed: int, *, only: str = "", tokens_per_tile: int = 256, max_tiles: int = 12
 ) -> list[tuple[int, int]]:
-    """(tokens, tiles) of a made-up instruction mixture.
+    """(tokens, tiles) of a made-up instruction mixture, or of one of its `KINDS`.
 
     Captions have one tile and a sentence, documents 5 to `max_tiles` tiles and a thumbnail and some
     hundred tokens of text, rows of several images share the tile limit, text-only conversations
@@ -53,7 +56,7 @@ def synthetic_lengths(
         # Two brackets per image.
         return 31 + tiles * tokens_per_tile + 2 * images + text(*words), tiles
 
-    kinds = rng.choice(list(KINDS), count, p=list(KINDS.values()))
+    kinds = [only] * count if only else rng.choice(list(KINDS), count, p=list(KINDS.values()))
     return [sample(kind) for kind in kinds]
 
 
@@ -115,10 +118,24 @@ def greedy_buffer(lengths: Lengths, tokens: int, tiles: int, size: int = 20) -> 
     return done + [row for _, _, row in waiting]
 
 
+def attention_share(lengths: Lengths, rows: Rows, tokens: int) -> float:
+    """Blocks that attention visits in these rows, of those it would visit were each one sample."""
+    block = flash.block_of(tokens)
+    length = tokens + -tokens % block
+    segments = np.zeros((len(rows), length), np.int32)
+    for ids, row in zip(segments, rows, strict=True):
+        inside = np.repeat(np.arange(1, len(row) + 1), [lengths[i][0] for i in row])
+        ids[: len(inside)] = inside
+    places = jnp.broadcast_to(jnp.arange(length), segments.shape)
+    visited = flash.visits(jnp.asarray(segments), places, block)
+    blocks = visited.shape[1]
+    return float(visited.sum()) / (len(rows) * blocks * (blocks + 1) / 2)
+
+
 def compare(
     lengths: Lengths, tokens: int, tiles: int, window: int, buffer: int = 20
 ) -> dict[str, dict[str, float]]:
-    """{packer: {"token_fill", "tile_fill", "rows", "samples_per_second"}} on one stream."""
+    """{packer: {"token_fill", "tile_fill", "attention", "rows", "samples_per_second"}}."""
     packers: dict[str, Callable[[], Rows]] = {
         "plan": lambda: windows(lengths, window, lambda part: best_fit(part, tokens, tiles)),
         "first_fit": lambda: windows(lengths, window, lambda part: first_fit(part, tokens, tiles)),
@@ -128,25 +145,26 @@ def compare(
     report = {}
     for name, pack in packers.items():
         start = time.perf_counter()
-        rows = len(pack())
+        rows = pack()
         seconds = time.perf_counter() - start
         report[name] = {
-            "token_fill": float(total[0] / (rows * tokens)),
-            "tile_fill": float(total[1] / (rows * tiles)) if tiles else 1.0,
-            "rows": rows,
+            "token_fill": float(total[0] / (len(rows) * tokens)),
+            "tile_fill": float(total[1] / (len(rows) * tiles)) if tiles else 1.0,
+            "attention": attention_share(lengths, rows[:1000], tokens),
+            "rows": len(rows),
             "samples_per_second": len(lengths) / seconds,
         }
     return report
 
 
 def run_packing(
-    samples: int, tokens: int, tiles: int, window: int, seed: int, buffer: int
+    samples: int, tokens: int, tiles: int, window: int, seed: int, buffer: int, only: str = ""
 ) -> dict[str, Any]:
     """The report of `hovle bench packing`; `tiles` 0 takes `suggest_tiles`."""
     for name, value in (("samples", samples), ("tokens", tokens), ("window", window)):
         if value < 1:
             raise UserError(f"--{name}: must be at least 1")
-    lengths = synthetic_lengths(samples, seed)
+    lengths = synthetic_lengths(samples, seed, only=only)
     suggested = suggest_tiles(lengths, tokens)
     tiles = tiles or suggested
     if max(t for t, _ in lengths) > tokens or max(k for _, k in lengths) > tiles:
@@ -175,11 +193,12 @@ def packing_text(report: dict[str, Any]) -> str:
         f"{report['samples']:,} samples, on average {report['mean_tokens']:.0f} tokens and "
         f"{report['mean_tiles']:.2f} tiles; rows of {report['tokens']:,} tokens and "
         f"{report['tiles']} tiles (suggested: {report['suggested_tiles']})",
-        f"{'':10} {'token fill':>11} {'tile fill':>10} {'rows':>8} {'samples/s':>11}",
+        f"{'':10} {'token fill':>11} {'tile fill':>10} {'attention':>10} {'rows':>8} "
+        f"{'samples/s':>11}",
     ]
     for name, r in report["packers"].items():
         lines.append(
-            f"{name:10} {r['token_fill']:11.3f} {r['tile_fill']:10.3f} {r['rows']:8,} "
-            f"{r['samples_per_second']:11,.0f}"
+            f"{name:10} {r['token_fill']:11.3f} {r['tile_fill']:10.3f} {r['attention']:10.3f} "
+            f"{r['rows']:8,} {r['samples_per_second']:11,.0f}"
         )
     return "\n".join(lines)

@@ -43,6 +43,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     packing.add_argument("--window", type=int, default=1024, help="samples packed together")
     packing.add_argument("--buffer", type=int, default=20, help="open rows of InternVL's packing")
     packing.add_argument("--seed", type=int, default=0)
+    packing.add_argument(
+        "--only",
+        choices=("caption", "document", "several", "text"),
+        default="",
+        help="samples of one kind",
+    )
 
     steps = [
         add_command(
@@ -137,7 +143,7 @@ def _packing(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     no_more("bench packing", rest)
     limits = (args.samples, args.tokens, args.tiles, args.window)
-    report = packing.run_packing(*limits, args.seed, args.buffer)
+    report = packing.run_packing(*limits, args.seed, args.buffer, args.only)
     return _show(report, packing.packing_text(report), args.json)
 
 

@@ -10,8 +10,8 @@ own: its *reach*.
     xla      softmax over every key; the reference, and what caches use
     blocks   the same a block of queries at a time over the keys up to its end (over all of them
              where some are seen before their turn); whole rows only
-    splash   Pallas flash attention on TPU: scores stay on the chip; whole rows only, where a place
-             in the row says as much as a position does
+    splash   Pallas flash attention on TPU (`flash.py`): scores stay on the chip; whole rows only,
+             where a place in the row says as much as a position does
     auto     splash where the program is for TPU, blocks for CPU, else xla
 
 `attend_all` is the vision teacher's: every query sees every key, and nothing is differentiated.

@@ -2,8 +2,9 @@
 
 The TPU compiler writes an estimate of cycles into every fusion it schedules. It counts the body of
 a loop once and knows nothing of Pallas kernels; so loops are walked with their trip counts, and
-attention kernels are priced from their shapes: half of all pairs where attention is causal, all of
-them and what the kernel adds to fill registers where it is not (`tile_attention`).
+attention kernels are priced from their shapes: half of all pairs where attention is causal (as if a
+row were one segment), all of them and what the kernel adds to fill registers where every query
+sees every key (`tile_attention`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from dataclasses import dataclass, field
 from hovle_jax.tpu.chips import Chip
 from hovle_jax.tpu.hlo import COLLECTIVES, Instruction, Program, Visit, walk
 
-# Matrix products of an attention kernel, in units of its forward pass (which has two).
-KERNEL_PASSES = {"fwd": 1.0, "dq": 1.5, "dkv": 2.0, "dkv_fused": 2.5}
+BACKWARD_PASSES = 2.5  # five matrix products of attention's backward kernel, two of the forward one
 KERNEL_EFFICIENCY = 0.5  # of peak: an assumption, the compiler does not estimate kernels
 
 
@@ -284,32 +284,20 @@ def collective_seconds(kind: str, size: float, group: int, chip: Chip, devices: 
     return factor * size / bandwidth
 
 
-def _kernel_kind(x: Instruction) -> str:
-    if "tile" in x.name:
-        return "tile"
-    if "dkv" in x.name:
-        return "dkv"
-    return "dq" if "dq" in x.name else "fwd"
-
-
 def _price_kernels(program: Program, visits: list[Visit]) -> tuple[Kernel, ...]:
     """Attention as executed, each kernel by its matrix products."""
-    found = [
-        (visit, _kernel_kind(x))
-        for visit in visits
-        if (x := visit.instruction).op == "custom-call" and "tpu_custom_call" in x.attributes
-    ]
-    fused = not any(kind == "dq" for _, kind in found)
     kernels = []
-    for visit, kind in found:
+    for visit in visits:
         x, operands = visit.instruction, program.computations[visit.computation]
+        if x.op != "custom-call" or "tpu_custom_call" not in x.attributes:
+            continue
         floats = [operands[o] for o in x.operands if operands[o].shape.startswith(("bf16", "f32"))]
         queries, keys = (x.dims for x in floats[:2])
         pairs = 4.0 * math.prod(queries) * keys[-2]
-        if kind == "tile":  # it states its padding; never less than what its arrays say
+        if "tile" in x.name:  # it states its padding; never less than what its arrays say
             stated = x.attribute(r'"cost_estimate":\{"flops":"(\d+)"')
             flops = max(float(stated or 0), pairs)
         else:  # causal: half of all pairs count
-            flops = KERNEL_PASSES["dkv_fused" if kind == "dkv" and fused else kind] * pairs / 2
+            flops = (BACKWARD_PASSES if "dkv" in x.name else 1) * pairs / 2
         kernels.append(Kernel(x.name, visit.times, flops * visit.times, program.source(x)))
     return tuple(kernels)
