@@ -38,12 +38,14 @@ from hovle_jax.config import (
     from_dict,
     to_dict,
 )
+from hovle_jax.data import files
 from hovle_jax.data.pipeline import START, Cursor
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
 from hovle_jax.nn import teacher
 from hovle_jax.run import digests
+from hovle_jax.run.metrics import parse_rows
 from hovle_jax.streaming import open_arrays, read_array
 from hovle_jax.tree import flatten, unflatten
 
@@ -78,6 +80,7 @@ def read_config(directory: str | Path) -> Config:
 
 
 def _read_config(directory: str | Path) -> tuple[Config, DataConfig | None]:
+    files.check_local(directory, "a model or work directory")
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG}; expected a model or work directory")
@@ -106,8 +109,7 @@ def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
 
 
 def _absolute(path: str | os.PathLike[str]) -> epath.Path:
-    remote = "://" in os.fspath(path)
-    return epath.Path(path if remote else os.path.abspath(path))
+    return epath.Path(path if files.is_remote(os.fspath(path)) else os.path.abspath(path))
 
 
 def storage_of(workdir: str | Path, config: RunConfig) -> epath.Path:
@@ -285,6 +287,7 @@ def open_stored(
     """Opens a native or Hugging Face directory; `kind` ("model" or "teacher") picks a part where
     a Hugging Face directory has both. `verified`: the caller has compared it with its digests.
     `merged`: kernels are read with their adapters."""
+    files.check_local(directory, "a model or work directory")
     if reader.is_hugging_face(directory):
         hub = reader.open_directory(directory)
         return Stored(str(directory), hub.part(kind).config, hub.data, hub=hub)
@@ -406,7 +409,7 @@ def read_rewinds(storage: epath.Path) -> list[dict[str, Any]]:
     """How often a run went back after a spike: {"step" that spiked, "reason", "to" which
     checkpoint, "cursor" of the data from there on, "instead_of" the checkpoint's own}."""
     path = storage / REWINDS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return parse_rows(path.read_text(), str(path)) if path.exists() else []
 
 
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:

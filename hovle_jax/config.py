@@ -18,7 +18,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.teaching import IMAGE_MEAN as IMAGE_MEAN
 from hovle_jax.teaching import IMAGE_STD as IMAGE_STD
 from hovle_jax.teaching import DistillConfig, MoreTeacher, TeacherConfig
-from hovle_jax.typed import ask, check_regex, from_dict, one_of, to_dict
+from hovle_jax.typed import ask, check_fraction, check_regex, from_dict, one_of, to_dict
 
 IGNORE = -100  # label of a token that is not predicted
 
@@ -254,9 +254,18 @@ class DataConfig:
     workers: int = 0  # grain worker processes; 0 = threads of this process
 
     def __post_init__(self) -> None:
-        for name in ("rows", "tokens", "window"):
+        for name in ("rows", "tokens", "window", "max_sources"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1")
+        for name in ("tiles", "text_ratio", "workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} must not be negative")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise UserError(
+                f"data.min_tiles must be from 1 to data.max_tiles, which is {self.max_tiles}; got "
+                f"{self.min_tiles}"
+            )
+        check_fraction("data.max_bad", self.max_bad)
         one_of("data.repeat_mode", self.repeat_mode, ("exact", "internvl"))
         one_of("data.too_long", self.too_long, ("error", "cut", "drop"))
         if self.holdout < 0 or self.holdout == 1:
@@ -297,6 +306,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        for name in ("warmup", "decay"):
+            check_fraction(f"optim.{name}", getattr(self, name))
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise UserError("optim.warmup and optim.decay together are more than all steps")
+        if self.accumulate < 1:
+            raise UserError("optim.accumulate must be at least 1")
+        if self.clip_norm < 0:
+            raise UserError("optim.clip_norm must not be negative (0 = off)")
         one_of("optim.moments", self.moments, ("float32", "bfloat16", "int8"))
         if self.moments != "float32" and self.name != "adamw":
             raise UserError(f"optim.moments={self.moments!r} is for adamw, not {self.name!r}")
@@ -381,6 +398,8 @@ class GuardConfig:
                 raise UserError(f"guards.{name} must not be negative")
         if self.spike_window < 2:
             raise UserError("guards.spike_window must be at least 2")
+        if self.rewind and not self.spike:
+            raise UserError("guards.rewind: needs guards.spike, else nothing is a spike")
 
 
 @dataclass(frozen=True)
@@ -417,6 +436,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:  # numpy knows no such seed
             raise UserError("seed must not be negative")
+        for name in ("steps", "log_every", "eval_questions", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1")
+        for name in ("save_every", "keep", "keep_every", "keep_best", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative")
         if self.eval_every and not (self.data.holdout or self.eval_tasks):
             raise UserError("eval_every: needs data.holdout or eval_tasks, else there is nothing")
         if self.eval_tasks and not self.eval_every:

@@ -185,21 +185,29 @@ def _random(config: RunConfig, missing: dict[str, Any]) -> dict[str, Any]:
 def teacher_params(config: RunConfig, mesh: jax.sharding.Mesh) -> Params:
     """All teachers of a run, each in its shards (`distill.teacher_tree`)."""
     teachers = distill.run_teachers(config)
-    keys = ["init.teacher", *(f"teachers[{i}].path" for i in range(len(config.teachers)))]
-    trees = [_teacher(t, f"config.{key}", mesh) for t, key in zip(teachers, keys, strict=True)]
+    names = [("init.teacher", "teacher")]
+    names += [
+        (f"teachers[{i}].path", f"teachers[{i}].teacher") for i in range(len(config.teachers))
+    ]
+    trees = [
+        _teacher(target, f"config.{key}", where, config.stage, mesh)
+        for target, (key, where) in zip(teachers, names, strict=True)
+    ]
     return distill.teacher_tree(trees)
 
 
-def _teacher(target: distill.Target, key: str, mesh: jax.sharding.Mesh) -> Params:
+def _teacher(
+    target: distill.Target, key: str, where: str, stage: str, mesh: jax.sharding.Mesh
+) -> Params:
+    """key: of its directory, where: of its settings in the config."""
     shapes = flatten(teacher.abstract_params(target.config))
     if not shapes:
         return {}
     if not target.path:
-        raise UserError(f"{key}: stage 'distill' needs a teacher directory")
+        raise UserError(f"{key}: stage {stage!r} needs a teacher directory")
     stored = open_stored(target.path, "teacher")
     if not isinstance(stored.config, TeacherConfig):
         raise UserError(f"{key}: {target.path} holds no vision teacher")
-    where = "teacher" if key == "config.init.teacher" else f"{key[7:-5]}.teacher"
     _check_agreement(stored, stored.config, target.config, where)
     axes = teacher.param_axes(target.config)
     shardings = flatten(sharding.tree_shardings(axes, unflatten(shapes), mesh))

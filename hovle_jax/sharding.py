@@ -108,8 +108,8 @@ def check_rows(rows: int, accumulate: int, mesh: Any) -> None:
     ways = batch_ways(mesh) * accumulate
     if rows % ways:
         raise UserError(
-            f"config.data.rows {rows} is not a multiple of {ways} (mesh data x fsdp x "
-            "config.optim.accumulate)"
+            f"config.data.rows {rows} is not a multiple of {ways} (mesh slices x data x "
+            "fsdp x config.optim.accumulate)"
         )
 
 

@@ -19,7 +19,10 @@ import jax
 
 from hovle_jax import distill, losses, model
 from hovle_jax.config import RunConfig
+from hovle_jax.data.pack import TOKEN_WEIGHTS
+from hovle_jax.data.samples import KINDS
 from hovle_jax.registry import Registry
+from hovle_jax.typed import one_of
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -28,7 +31,7 @@ Batch = dict[str, jax.Array]
 @dataclass(frozen=True)
 class Stage:
     name: str
-    data: str  # 'unpaired' or 'conversations' (data/pipeline.py)
+    data: str  # data.samples.KINDS
     token_weights: str  # loss weight of an answer token: token | sample | square (data/pack.py)
     trainable: str  # regex over whole parameter paths
     parts: tuple[str, ...]  # top-level parameter subtrees the loss reads; no other is loaded
@@ -41,6 +44,10 @@ class Stage:
     before: tuple[str, ...] = ()  # stages that may start from its result, though not `after` it
     # config -> {path: shape} of what the loss needs and the model does not have (heads.py)
     heads: Callable[[RunConfig], dict[str, tuple[int, ...]]] | None = None
+
+    def __post_init__(self) -> None:
+        one_of(f"stage {self.name!r}: data", self.data, KINDS)
+        one_of(f"stage {self.name!r}: token_weights", self.token_weights, tuple(TOKEN_WEIGHTS))
 
 
 STAGES: Registry[Stage] = Registry("config.stage")

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from hovle_jax.errors import UserError
+from hovle_jax.typed import one_of
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, as InternVL normalises
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -49,9 +50,10 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
             raise UserError("teacher.mean and teacher.std must have three numbers")
-        _one_of("teacher.norm", self.norm, ("layer", "rms"))
-        _one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
-        _one_of("teacher.activation", self.activation, ("gelu", "gelu_tanh", "silu"))
+        one_of("teacher.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("teacher.norm", self.norm, ("layer", "rms"))
+        one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
+        one_of("teacher.activation", self.activation, ("gelu", "gelu_tanh", "silu"))
 
     @property
     def grid(self) -> int:
@@ -91,7 +93,7 @@ class MoreTeacher:
     weight: float = 1.0  # of its term
 
     def __post_init__(self) -> None:
-        _one_of("teachers.adaptor", self.adaptor, ADAPTORS)
+        one_of("teachers.adaptor", self.adaptor, ADAPTORS)
         if not self.name.isidentifier():
             raise UserError(f"teachers.name: {self.name!r} must be letters, digits and '_'")
 
@@ -112,9 +114,4 @@ class DistillConfig:
     layer_weight: float = 1.0  # of the term of hidden states, the mean over them
 
     def __post_init__(self) -> None:
-        _one_of("distill.adaptor", self.adaptor, ADAPTORS)
-
-
-def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{where}: {value!r} is not one of {', '.join(known)}")
+        one_of("distill.adaptor", self.adaptor, ADAPTORS)

@@ -27,6 +27,8 @@ def to_dict(value: Any) -> Any:
 
 def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
     """Nested mapping -> dataclass `cls`; names the key that is unknown or of the wrong type."""
+    if not isinstance(raw, typing.Mapping):
+        raise UserError(f"{where}: expected a section of keys and values, got {raw!r}")
     for part in (raw, raw.get("model")):  # first: what follows may name what they register
         if isinstance(part, typing.Mapping):
             named = _convert(part.get("plugins", ()), tuple[str, ...], "config.model.plugins")
@@ -37,7 +39,16 @@ def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
         close = difflib.get_close_matches(unknown[0], hints, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(hints))
         raise UserError(f"{where}.{unknown[0]}: unknown config key; {hint}")
+    for name in _required(cls):
+        if name not in raw:
+            raise UserError(f"{where}.{name}: is missing")
     return cls(**{k: _convert(v, hints[k], f"{where}.{k}") for k, v in raw.items()})
+
+
+def _required(cls: Any) -> list[str]:
+    """Fields without a default."""
+    none = (dataclasses.MISSING, dataclasses.MISSING)
+    return [f.name for f in dataclasses.fields(cls) if (f.default, f.default_factory) == none]
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -61,6 +72,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{where}: {value!r} is not one of {', '.join(known)}")
+
+
+def check_fraction(where: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{where} must be a fraction from 0 to 1, got {value:g}")
 
 
 def check_regex(where: str, pattern: str) -> None:

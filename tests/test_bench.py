@@ -10,13 +10,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from hovle_jax import model
 from hovle_jax.bench import data, demand, generate, packing, reference, steps, synthetic
 from hovle_jax.cli.main import main
 from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig, to_dict
 from hovle_jax.data.pack import best_fit
+from hovle_jax.data.records import Record
+from hovle_jax.data.samples import Tiler
 from hovle_jax.generation.generate import generate as hovle_generate
+from hovle_jax.tpu import aot
 from tests import small
 
 STREAM = packing.synthetic_lengths(6000, seed=0)
@@ -156,17 +160,42 @@ def test_flops_of_the_released_sizes():
     assert 0.70e12 < teacher < 0.75e12
     base = RunConfig()
     one_tile = dataclasses.replace(base.data, tokens=256, tiles=1)
-    stage1 = demand.row_flops(dataclasses.replace(base, data=one_tile), 1.0, 256)
+    one_tile = dataclasses.replace(one_tile, rows=1)
+    stage1 = aot.model_flops(dataclasses.replace(base, data=one_tile))
     assert 1.45e12 < stage1 < 1.6e12  # 8 layers of 63M weights, 6 FLOPs each, 256 tokens: 0.77
     stage2, stage3 = (
-        demand.row_flops(dataclasses.replace(base, stage=name, data=one_tile), 1.0, 256)
+        aot.model_flops(dataclasses.replace(base, stage=name, data=one_tile))
         for name in ("align", "instruct")
     )
     forward = ModelConfig().flops_per_token(256)
-    frozen = 256 * (forward["decoder"] + forward["head"])
+    attention = ModelConfig().decoder.mixing_flops(256)  # has no weights
+    frozen = 256 * (forward["decoder"] + forward["head"] - attention)
     assert stage3 - stage2 == pytest.approx(frozen)  # weight gradients of the LLM
     thawed = dataclasses.replace(base, stage="align", trainable=".*", data=one_tile)
-    assert demand.row_flops(thawed, 1.0, 256) == stage3
+    assert aot.model_flops(thawed) == stage3
+
+
+def test_cores_follow_from_what_the_stage_trains(world):
+    """Of the same rows, those of a frozen LLM are faster and need more cores to feed them."""
+    rates = {}
+    for stage in ("align", "instruct"):
+        config = world.config(stage)
+        host, _ = demand.cores(config, 2.0, 100.0, mfu=0.25)
+        tiles = config.data.rows * 2.0 / aot.model_flops(config)
+        assert host["tiles_per_second"] == pytest.approx(197e12 * 8 * 0.25 * tiles)
+        assert host["cores"] == pytest.approx(host["tiles_per_second"] / 100.0)
+        rates[stage] = host["tiles_per_second"]
+    assert rates["align"] > 1.1 * rates["instruct"]
+
+
+def test_pixels_are_timed_with_the_tiler_of_the_config(world, tmp_path):
+    Image.new("RGB", (40, 32)).save(tmp_path / "wide.png")
+    record = Record((), (str(tmp_path / "wide.png"),), "row")
+    for name, tiles in (("dynamic", 1), ("native", 3)):
+        config = world.config("instruct", data__tiler=name)
+        tiler = Tiler(config.model, config.data, None)
+        found = data._pixels({"decode": 0.0, "resize": 0.0}, record, tiler)
+        assert found == tiler.counts(record) == [tiles]
 
 
 def test_synthetic_data_has_every_kind(tmp_path):

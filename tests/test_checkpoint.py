@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hovle_jax.checkpoint import load, open_stored
+from hovle_jax.checkpoint import load, open_stored, write_config
 from hovle_jax.cli.main import main
 from hovle_jax.errors import UserError
 from hovle_jax.run import checkpoint_tools, digests, preemption
@@ -38,6 +39,14 @@ def finished(world, tmp_path_factory):
 @pytest.fixture
 def workdir(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_teacher_it_began_with(world, tmp_path):
+    config = world.config("distill")
+    write_config(tmp_path, config)
+    other = dataclasses.replace(config.teacher, select_layer=-2)
+    with pytest.raises(UserError, match=r"with config.teacher.select_layer=-1; use that"):
+        train(dataclasses.replace(config, teacher=other), tmp_path, devices=jax.devices()[:1])
 
 
 def files(directory: Path) -> list[Path]:
@@ -306,7 +315,6 @@ def test_prune(workdir, capsys):
         (["ls", "{llm}"], "is a model directory"),
         (["diff", "{llm}", "{tmp}"], "neither a model or work directory"),
         (["prune", "{run}", "--keep", "0"], "at least the newest"),
-        (["ls", "{run}", "--all"], "unknown argument --all"),
     ],
 )
 def test_bad_input(argv, says, finished, world, tmp_path, one_line_error):

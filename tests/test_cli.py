@@ -126,7 +126,56 @@ def test_unknown_arguments_are_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", f"--workdir={tmp_path}"])
     assert stop.value.code == 2
-    assert main(["chat", "x", "--promt=hi"]) == 2
+    capsys.readouterr()
+    config = "--config=configs/stage3_instruct.py:tiny"
+    for argv, message in (
+        (["chat", "x", "--promt=hi"], "chat: unknown argument --promt=hi"),
+        (["data", "tile", "a.png", "--nonsense"], "data tile: unknown argument --nonsense"),
+        (["checkpoint", "ls", "run", "--all"], "checkpoint ls: unknown argument --all"),
+        (["plan", "--tabulate", "x", "--fats"], "plan --tabulate: unknown argument --fats"),
+        (["plan", config], "plan: --topology is missing"),
+        (["bench", "data", "--second=1"], "bench data: unknown argument --second=1"),
+        (["verify", "x"], "verify: needs recorded cases or --live HF_DIR"),
+        (["data", "stats", config, "--row=1"], "unknown argument --row=1; overrides are"),
+    ):
+        assert main(argv) == 2, argv
+        assert capsys.readouterr().err.startswith(f"hovle: {message}"), argv
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("README.md", "# Title", "README.md is no .py file"),
+        ("a.py", "x = 1", "a.py has no function get_config"),
+        ("b.py", "def get_config(:", "b.py: SyntaxError: "),
+        ("c.py", "import nothing_of_this_name", "c.py: ModuleNotFoundError: No module named"),
+        ("d.py:big", "def get_config(): return {}", "d.py:big: get_config: too many positional"),
+        ("e.py", "def get_config(): return 3", "config: expected a section of keys and values"),
+        ("f.py", "def get_config(): return {'optim': 3}", "config.optim: expected a section"),
+        (
+            "g.py",
+            "def get_config(): return {'teachers': ({'path': 'x'},)}",
+            "config.teachers[0].name: is missing",
+        ),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, one_line_error, name, source, message):
+    (tmp_path / name.partition(":")[0]).write_text(source)
+    argv = ["train", f"--config={tmp_path / name}", f"--workdir={tmp_path / 'run'}"]
+    assert message in one_line_error(argv)
+
+
+def test_a_report_is_written_where_it_is_asked_for_or_refused_before_the_work(
+    tmp_path, one_line_error
+):
+    image = str(Path(__file__).parent / "golden/preproc/04_640x480_RGB.png")
+    report = tmp_path / "not" / "there" / "tile.json"
+    assert main(["data", "tile", image, f"--json={report}"]) == 0
+    assert json.loads(report.read_text())["cols"]
+    for place, reason in ((tmp_path, "it is a directory"), (report / "x.json", "")):
+        for argv in (["data", "tile", "no.png"], ["bench", "packing"], ["plot", "no"]):
+            line = one_line_error([*argv, f"--json={place}"])
+            assert f"{place}: cannot be written ({reason}" in line
 
 
 @pytest.mark.parametrize("command", ["train", "demo", "chat"])
@@ -177,9 +226,6 @@ def test_data_inspect_and_stats(world, tmp_path, capsys):
     assert main(["data", "index", f"--config={config}", "--out", str(index)]) == 0
     assert "colours: 25 records" in capsys.readouterr().out
     assert len(list(index.glob("colours-*.npy"))) == 1
-    with pytest.raises(SystemExit) as stopped:
-        main(["data", "tile", "a.png", "--nonsense"])
-    assert stopped.value.code == 2
 
 
 @pytest.mark.parametrize(("hosts", "after"), [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])

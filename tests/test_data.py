@@ -289,6 +289,22 @@ def test_an_exchanged_image_is_noticed(world, tmp_path):
         take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 4)
 
 
+def test_stage_1_refuses_what_only_conversations_have(world, tmp_path):
+    with pytest.raises(UserError, match="config.data.too_long='cut': stage 'distill' has no turns"):
+        make(world, "distill", data__too_long="cut")
+    meta = json.loads((world.root / "meta.json").read_text())
+    meta["colours"] |= {k: str(world.root / meta["colours"][k]) for k in ("root", "annotation")}
+    rows = map(json.loads, pathlib.Path(meta["colours"]["annotation"]).read_text().splitlines())
+    (tmp_path / "pictures.jsonl").write_text(json.dumps(next(rows)) + "\n")
+    meta["colours"] |= {"annotation": str(tmp_path / "pictures.jsonl"), "data_augment": True}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    changes = {"data__meta": str(tmp_path / "meta.json"), "data__images": ()}
+    with pytest.raises(UserError, match="meta.json: 'colours': data_augment: stage 'distill'"):
+        make(world, "distill", **changes)
+    with pytest.raises(UserError, match=r"a row holds 8 and 4 \(.*tokens, config.data.tiles\)$"):
+        make(world, "distill", data__tokens=8)
+
+
 def test_augmentation_is_a_function_of_the_draw(world, tmp_path):
     """JPEG noise on the pixels, nothing else; the same again after a restart, not every epoch."""
     meta = json.loads((world.root / "meta.json").read_text())

@@ -310,7 +310,7 @@ def mme(directory: Path, images: int = 5) -> Path:
 
 
 def arguments(release: Path, data: Path, out: Path, task: str = "mme") -> list[str]:
-    argv = ["eval", "--model", str(release), "--task", task, "--data", str(data)]
+    argv = ["eval", str(release), "--task", task, "--data", str(data)]
     return [*argv, "--out", str(out), "--dialect", "internvl", "--slots", "2"]
 
 
@@ -382,9 +382,11 @@ def test_predictions_are_scored_without_a_model(tmp_path, name):
     data = mme(tmp_path, 1)
     (tmp_path / name).write_text(PREDICTIONS[name])
     argv = ["eval", "--predictions", str(tmp_path / name), "--task", "mme", "--data", str(data)]
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    copy = tmp_path / "copy.json"
+    assert main([*argv, "--out", str(tmp_path / "out"), f"--json={copy}"]) == 0
     own = tmp_path / "out" / "mme" / "vlmevalkit"
     assert json.loads((own / "results.json").read_text())["values"]["count"]["value"] == 200
+    assert json.loads(copy.read_text()) == json.loads((own / "results.json").read_text())
     assert [row["read"] for row in read(own / "scores.jsonl")] == ["yes", "no"]
     assert not (tmp_path / "out" / "mme" / "images").exists()
     again, failed = read_predictions(str(own / "predictions.tsv"), names_only(data))

@@ -15,9 +15,14 @@ import pytest
 from etils.epath import backend
 from fsspec.spec import AbstractBufferedFile
 
+from hovle_jax.checkpoint import open_stored, read_config
 from hovle_jax.data import convert, files, sources
 from hovle_jax.data.records import Record
+from hovle_jax.data.tokenize_text import tokenize_text
+from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.hf.directory import new_directory
+from hovle_jax.train import train
 from tests.test_formats import EXPECTED, content, make, pictures, talk, write_tar
 
 REMOTE_KINDS = ("value.jsonl", "messages.jsonl", "llava.json", "pairs.tar", "json.tar", "tars")
@@ -91,6 +96,32 @@ def test_paths():
     assert files.join("gs://b/dir", "gs://c/x.jpg") == files.join("/d", "gs://c/x.jpg")
     assert files.join("/d", "/e/x.jpg") == "/e/x.jpg" and files.join("", "x") == "x"
     assert files.is_remote("hf://x") and not files.is_remote("tfds:x") and not files.is_remote("/a")
+
+
+def test_what_must_be_local_is_never_written_to_a_directory_named_gs(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, tokenizer = world.config("instruct"), Tokenizer.load(world.root / "tokenizer")
+    remote = "gs://bucket/x"
+
+    def new() -> None:
+        with new_directory(remote, 0):
+            raise AssertionError
+
+    for call, what in (
+        (lambda: train(config, remote), "--workdir"),
+        (lambda: train(world.config("instruct", init__previous=remote), "run"), "init.previous"),
+        (lambda: train(world.config("instruct", data__index=remote), "run"), "data.index"),
+        (lambda: train(world.config("instruct", data__tokenizer=remote), "run"), "data.tokenizer"),
+        (lambda: open_stored(remote), "model or work directory"),
+        (lambda: read_config(remote), "model or work directory"),
+        (lambda: Tokenizer.load(remote), "a tokenizer's directory"),
+        (lambda: tokenize_text(["x.txt"], remote, tokenizer), "OUT_DIR"),
+        (lambda: convert.convert([], remote), "OUT_DIR"),
+        (new, "new directory"),
+    ):
+        with pytest.raises(UserError, match=f"{what}: gs://bucket/x must be local or mounted"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", REMOTE_KINDS)
@@ -167,7 +198,7 @@ def test_convert_reads_a_bucket_and_writes_to_disk(bucket, tmp_path):
     local = convert.run_convert([f"n={path}"], str(tmp_path / "local"), quiet=True)
     shards = [m["sources"]["n"]["shards"][0]["sha256"] for m in (manifest, local)]
     assert shards[0] == shards[1]
-    with pytest.raises(UserError, match=r"^gs://bucket/out: shards are written to local"):
+    with pytest.raises(UserError, match=r"^OUT_DIR: gs://bucket/out must be local"):
         convert.run_convert([str(path)], "gs://bucket/out", quiet=True)
     assert not (tmp_path / "bucket" / "out").exists()
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hovle_jax.run.goodput import PHASES, Clock, GoodputLog, goodput, read_goodput, split_time
+from hovle_jax.run.goodput import PHASES, Clock, GoodputLog, goodput, split_time
+from hovle_jax.run.metrics import read_metrics
 
 
 class Hands:
@@ -57,7 +58,7 @@ def test_goodput_of_a_run_with_two_restarts_is_what_a_pencil_says(tmp_path):
     path.open("a").write('{"time": 12')  # in the middle of a row
     hands.pass_by(40)
     simulate(path, hands, 4, range(5, 11), {8, 10})
-    seconds = split_time(read_goodput(path))
+    seconds = split_time(read_metrics(path))
     assert seconds == pytest.approx(
         {
             "step": 10 * 4,
@@ -83,7 +84,7 @@ def test_a_start_that_ends_before_its_first_step_costs_time_and_no_steps(tmp_pat
     log.close()
     hands.pass_by(25)
     simulate(path, hands, 2, range(3, 4), set())
-    seconds = split_time(read_goodput(path))
+    seconds = split_time(read_metrics(path))
     assert (seconds["step"], seconds["lost"], seconds["down"]) == (12, 0, 25)
 
 
@@ -93,5 +94,5 @@ def test_a_row_that_a_kill_cut_short_spoils_no_other(tmp_path):
     log = GoodputLog(path, lambda: 3.0)
     log.write(start=True)
     log.close()
-    assert [row["time"] for row in read_goodput(path)] == [1.0, 3.0]
-    assert goodput(split_time(read_goodput(tmp_path / "none.jsonl"))) == 0
+    assert [row["time"] for row in read_metrics(path)] == [1.0, 3.0]
+    assert goodput(split_time(read_metrics(tmp_path / "none.jsonl"))) == 0

@@ -8,11 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "hovle_jax"
 ORDER = [
     "errors",
+    "modules",
+    "output",
     "registry",
     "run.preemption",
     "run.digests",
-    "teaching",
     "typed",
+    "teaching",
     "config",
     "tree",
     "run.metrics",
@@ -167,6 +169,7 @@ ORDER = [
     "bench.steps",
     "bench.generate",
     "bench.overhead",
+    "cli.common",
     "cli.hosts",
     "cli.data",
     "cli.bench",

@@ -5,6 +5,11 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
+from etils import epath
+
+from hovle_jax.checkpoint import REWINDS, read_rewinds
+from hovle_jax.errors import UserError
 from hovle_jax.run.metrics import MetricLog, Progress, read_metrics
 
 
@@ -21,6 +26,20 @@ def test_a_resumed_log_has_no_duplicate_and_no_torn_row(tmp_path):
     log.write({"step": 6})
     log.close()
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_follows_a_broken_row_is_not_lost_without_a_sound(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1}\n{"step\n{"step": 3}\n'
+    path.write_text(whole)
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: is no row of JSON; mend or delete it"):
+        MetricLog(path, start_step=3)
+    assert path.read_text() == whole
+    (tmp_path / REWINDS).write_text('{"step": 1}\n{"st')
+    assert read_rewinds(epath.Path(tmp_path)) == [{"step": 1}]
+    (tmp_path / REWINDS).write_text('{"step": 1}\n[]\n')
+    with pytest.raises(UserError, match="rewinds.jsonl:2: is no row"):
+        read_rewinds(epath.Path(tmp_path))
 
 
 def test_progress_is_one_line_in_a_terminal():

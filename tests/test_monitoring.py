@@ -21,7 +21,7 @@ from hovle_jax.data import inspect
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.run.goodput import read_goodput, split_time
+from hovle_jax.run.goodput import split_time
 from hovle_jax.run.metrics import read_metrics
 from hovle_jax.run.plot import read_run
 from hovle_jax.run.profiler import parse_window
@@ -99,7 +99,7 @@ def test_kills_leave_no_trace_in_metrics_evaluation_or_weights(whole, disturbed)
 
 
 def test_goodput_of_the_disturbed_run_is_the_sum_of_what_counts(disturbed):
-    rows = read_goodput(disturbed / "goodput.jsonl")
+    rows = read_metrics(disturbed / "goodput.jsonl")
     starts = [i for i, row in enumerate(rows) if "start" in row]
     assert len(starts) == 3
     first, second, third = (rows[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True))

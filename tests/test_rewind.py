@@ -66,7 +66,7 @@ def test_it_goes_back_once_and_leaves_batches_out(config, whole):
     target = epath.Path(whole) / "checkpoints" / str(row["to"])
     assert read_meta(target)["cursor"] == cursors[row["to"] - 1]
     assert cursor_after(target) == row["cursor"] == cursors[row["to"] + left_out - 1]
-    seconds = goodput.split_time(goodput.read_goodput(whole / "goodput.jsonl"))
+    seconds = goodput.split_time(read_metrics(whole / "goodput.jsonl"))
     assert seconds["lost"] > 0
 
 

@@ -438,3 +438,14 @@ def test_the_teacher_normalises_the_students_pixels_its_own_way():
     np.testing.assert_allclose(found, expected, atol=1e-4)
     usual = compiled(lambda p, x: teacher.apply(p, x, run_config("distill").teacher)["features"])
     assert np.abs(found - usual(teacher_params(), pixels)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("field", "known"), [("data", "conversations"), ("token_weights", "square")]
+)
+def test_a_misspelt_stage_is_refused_where_it_is_defined(field, known):
+    """A plug-in's, say; else it would be taken for another kind, or fail at the first batch."""
+    with pytest.raises(
+        UserError, match=f"stage 'align': {field}: 'unparied' is not one of.*{known}"
+    ):
+        dataclasses.replace(stages.STAGES["align"], **{field: "unparied"})

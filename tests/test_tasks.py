@@ -16,6 +16,9 @@ from hovle_jax.eval.examples import Example
 from hovle_jax.eval.tasks import TASKS
 from hovle_jax.generation.chat import Assistant, first_question
 from hovle_jax.run.metrics import read_metrics
+from hovle_jax.run.prepare import open_run
+from hovle_jax.run.tasks import Tasks
+from hovle_jax.stages import get_stage
 from hovle_jax.train import train
 from hovle_jax.tree import flatten
 from tests.chaos import cluster
@@ -88,16 +91,19 @@ def test_several_hosts_answer_together(questions, world, tmp_path):
 
 
 def test_what_cannot_be_asked_is_refused_before_the_first_step(questions, world, tmp_path):
-    for stage, task, message in (
-        ("instruct", "docvqa", "'docvqa' is not TASK=FILE or TASK:DIALECT=FILE"),
-        ("instruct", f"docqa={questions}", "--task docqa: not one of mme,"),
-        ("instruct", "docvqa=nowhere.jsonl", "no such file nowhere.jsonl"),
-        ("instruct", f"mmvet={questions}", "mmvet needs a judge"),
-        ("distill", f"docvqa={questions}", "stage 'distill' has no LLM that could answer"),
+    config = world.config("instruct", init__scratch=True)
+    run = open_run(config, tmp_path / "run", jax.devices()[:1], quiet=True)
+    docvqa = f"docvqa={questions}"
+    for stage, tasks, message in (
+        ("instruct", ["docvqa"], "'docvqa' is not TASK=FILE or TASK:DIALECT=FILE"),
+        ("instruct", [f"docqa={questions}"], "--task docqa: not one of mme,"),
+        ("instruct", ["docvqa=nowhere.jsonl"], "no such file nowhere.jsonl"),
+        ("instruct", [f"mmvet={questions}"], "mmvet needs a judge"),
+        ("instruct", [docvqa, docvqa], "docvqa is asked twice"),
+        ("distill", [docvqa], "stage 'distill' has no LLM that could answer"),
     ):
-        config = world.config(stage, init__scratch=True)
-        config = dataclasses.replace(config, eval_every=2, eval_tasks=(task,))
+        config = dataclasses.replace(config, eval_every=2, eval_tasks=tuple(tasks))
         with pytest.raises(UserError, match=re.escape(message)):
-            train(config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
+            Tasks(dataclasses.replace(run, config=config, stage=get_stage(stage)), {})
     with pytest.raises(UserError, match="eval_tasks: needs eval_every"):
         dataclasses.replace(config, eval_every=0)

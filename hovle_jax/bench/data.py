@@ -158,19 +158,12 @@ def _stack(seconds: dict[str, float], rows: list[HostBatch]) -> None:
 
 def _pixels(seconds: dict[str, float], record: Record, tiler: Tiler) -> list[int]:
     """Decodes and tiles the images of a record; tiles of each."""
-    low, high = tiler.limits(len(record.images))
-    counts = []
+    limits, counts = tiler.limits_of(record), []
     for ref in record.images:
         with timed(seconds, "decode"):
             picture = image_lib.open_image(ref, record.where)
         with timed(seconds, "resize"):
-            tiles = image_lib.tile_image(
-                picture,
-                image_size=tiler.image_size,
-                min_tiles=low,
-                max_tiles=high,
-                thumbnail=tiler.thumbnail,
-            )
+            tiles = tiler.policy.cut(picture, limits)
         counts.append(len(tiles))
     return counts
 
@@ -260,7 +253,6 @@ def run_data(
             hosts += demand.cores(
                 priced,
                 m["tiles_per_row"],
-                round(m["tokens_per_sample"]),
                 m["tiles_per_core_second"],
                 mfu=mfu,
                 plan=plan,

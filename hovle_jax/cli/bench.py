@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from hovle_jax.cli.data import Load, add_command
+from hovle_jax.cli.common import add_command, load_config, no_more
 from hovle_jax.errors import UserError
+from hovle_jax.output import write_json
 
 
-def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
+def add_commands(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommands of `hovle bench` to its parser."""
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
 
     data = add_command(
         commands,
         "data",
-        functools.partial(_data, load_config=load_config),
+        _data,
         "Images, tiles and tokens per CPU core, where the time goes, how many cores a host needs.",
         "hovle bench data --config=configs/stage3_instruct.py:hovle_2b --seconds 30",
     )
@@ -56,7 +54,7 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
         add_command(
             commands,
             kind,
-            functools.partial(_steps, kind=kind, load_config=load_config),
+            functools.partial(_steps, kind=kind),
             text,
             example,
         )
@@ -117,7 +115,7 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
     overhead = add_command(
         commands,
         "overhead",
-        functools.partial(_overhead, load_config=load_config),
+        _overhead,
         "What metrics, guards and checkpoints add to a step: `train` and a bare loop in turns.",
         "hovle bench overhead --config=configs/stage3_instruct.py:tiny --config.data.rows=8 "
         "--config.data.tokens=512",
@@ -130,11 +128,11 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
         command.add_argument("--json", default="", metavar="FILE")
 
 
-def _data(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+def _data(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.bench import data
 
-    if rest and not args.config:
-        return _unknown(rest)
+    if not args.config:
+        no_more("bench data", rest)
     config = load_config(args.config, rest) if args.config else None
     report = data.run_data(config, args.seconds, args.workers, args.mfu, args.plan)
     return _show(report, data.data_text(report), args.json)
@@ -143,19 +141,18 @@ def _data(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
 def _packing(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from hovle_jax.bench import packing
 
-    if rest:
-        return _unknown(rest)
+    no_more("bench packing", rest)
     limits = (args.samples, args.tokens, args.tiles, args.window)
     report = packing.run_packing(*limits, args.seed, args.buffer, args.only)
     return _show(report, packing.packing_text(report), args.json)
 
 
-def _steps(args: argparse.Namespace, rest: list[str], kind: str, load_config: Load) -> int:
+def _steps(args: argparse.Namespace, rest: list[str], kind: str) -> int:
     from hovle_jax.bench import steps
     from hovle_jax.bench.reference import Reference
 
-    if rest and not args.config:
-        return _unknown(rest)
+    if not args.config:
+        no_more(f"bench {kind}", rest)
     config = load_config(args.config, rest) if args.config else steps.workload()
     config = dataclasses.replace(config, stage=args.stage or config.stage)
     reference = functools.partial(
@@ -175,8 +172,7 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from hovle_jax.bench import generate
     from hovle_jax.bench.reference import GenerateReference
 
-    if rest:
-        return _unknown(rest)
+    no_more("bench generate", rest)
     shape = (args.prompt, args.new, args.tiles, args.batch, args.repeats)
     for name, value, least in zip(
         ("prompt", "new", "tiles", "batch", "repeats"), shape, (1, 2, 0, 1, 1), strict=True
@@ -200,20 +196,15 @@ def _generate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return _show(report, generate.generate_text(report), args.json)
 
 
-def _overhead(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+def _overhead(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.bench import overhead
 
     report = overhead.run_overhead(load_config(args.config, rest), args.rounds, args.steps)
     return _show(report, overhead.overhead_text(report), args.json)
 
 
-def _unknown(rest: Sequence[str]) -> int:
-    print(f"hovle bench: unknown argument {rest[0]}", file=sys.stderr)
-    return 2
-
-
 def _show(report: dict[str, Any], text: str, path: str) -> int:
     print(text)
     if path:
-        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(path, report)
     return 0

@@ -6,7 +6,7 @@ import argparse
 import functools
 from typing import Any
 
-from hovle_jax.cli.data import add_command
+from hovle_jax.cli.common import add_command, no_more
 from hovle_jax.errors import UserError
 
 
@@ -55,8 +55,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(run: Any, args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        raise UserError(f"unknown argument {rest[0]}")
+    no_more(f"checkpoint {args.checkpoint_command}", rest)
     return int(run(args))
 
 

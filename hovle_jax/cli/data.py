@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-Load = Callable[[str, Sequence[str]], Any]  # cli.load_config
-
-
-def add_command(
-    commands: Any, name: str, run: Any, text: str, example: str
-) -> argparse.ArgumentParser:
-    """A subcommand with its example; `run(args, rest)` gives the exit status."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run)
-    return command
+from hovle_jax.cli.common import add_command, load_config, no_more
+from hovle_jax.output import write_json
 
 
-def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
+def add_commands(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommands of `hovle data` to its parser."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
-        given = functools.partial(run, load_config=load_config)
-        return add_command(commands, name, given, text, example)
-
+    add = functools.partial(add_command, commands)
     convert = add(
         "convert",
         _convert,
@@ -138,15 +116,8 @@ def add_commands(parser: argparse.ArgumentParser, load_config: Load) -> None:
         command.add_argument("--png", default="", metavar="FILE", help="draw it")
 
 
-def _no_overrides(rest: Sequence[str]) -> None:
-    if rest:
-        print(f"hovle data: unknown argument {rest[0]}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _convert(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
-    del load_config  # no config, so nothing to override
-    _no_overrides(rest)
+def _convert(args: argparse.Namespace, rest: list[str]) -> int:
+    no_more("data convert", rest)
     from hovle_jax.data.convert import run_convert
 
     options = {"prompt": args.prompt} if args.prompt else {}
@@ -162,13 +133,12 @@ def _convert(args: argparse.Namespace, rest: list[str], load_config: Load) -> in
     for name, part in manifest["sources"].items():
         print(f"{name}: {sum(s['records'] for s in part['shards'])} records")
     if args.json:
-        Path(args.json).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(args.json, manifest)
     return 0
 
 
-def _tokenize(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
-    del load_config  # no config, so nothing to override
-    _no_overrides(rest)
+def _tokenize(args: argparse.Namespace, rest: list[str]) -> int:
+    no_more("data tokenize", rest)
     from hovle_jax.data.tokenize_text import tokenize_text
     from hovle_jax.data.tokenizer import Tokenizer
 
@@ -186,9 +156,8 @@ def _tokenize(args: argparse.Namespace, rest: list[str], load_config: Load) -> i
     return 0
 
 
-def _tile(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
-    del load_config  # no config, so nothing to override
-    _no_overrides(rest)
+def _tile(args: argparse.Namespace, rest: list[str]) -> int:
+    no_more("data tile", rest)
     from hovle_jax.data import inspect
 
     report = inspect.run_tile(args.image, args.image_size, args.max_tiles, args.json, args.png)
@@ -196,23 +165,25 @@ def _tile(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+def _prompt(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.data import inspect
 
     if not args.config:
-        _no_overrides(rest)
+        no_more("data prompt", rest)
     config = load_config(args.config, rest) if args.config else None
     report = inspect.run_prompt(args.prompt, args.image, config, args.tokenizer, args.json)
     print(inspect.prompt_text(report))
     return 0
 
 
-def _index(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+def _index(args: argparse.Namespace, rest: list[str]) -> int:
+    from hovle_jax.data import files
     from hovle_jax.data.pipeline import Pipeline
     from hovle_jax.data.tokenizer import Tokenizer
     from hovle_jax.stages import get_stage
 
     config = load_config(args.config, rest)
+    files.check_local(args.out, "--out")
     stage = get_stage(config.stage)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     out = Path(args.out)
@@ -225,7 +196,7 @@ def _index(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
     return 0
 
 
-def _inspect(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.checkpoint import cursor_before
     from hovle_jax.data import inspect
     from hovle_jax.data.pipeline import START
@@ -241,7 +212,7 @@ def _inspect(args: argparse.Namespace, rest: list[str], load_config: Load) -> in
     return 0
 
 
-def _stats(args: argparse.Namespace, rest: list[str], load_config: Load) -> int:
+def _stats(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.data import stats
     from hovle_jax.stages import get_stage
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hovle_jax.cli.data import add_command
+from hovle_jax.cli.common import add_command, no_more
 from hovle_jax.errors import UserError
+from hovle_jax.output import write_json
 
 
 def add_commands(commands: Any) -> None:
@@ -18,10 +19,11 @@ def add_commands(commands: Any) -> None:
         "eval",
         _eval,
         "Ask a model a benchmark's questions and score its answers; resumes after a kill.",
-        "hovle eval --model runs/stage3 --task mme --data MME.tsv",
+        "hovle eval runs/stage3 --task mme --data MME.tsv",
     )
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", default="", metavar="MODEL_DIR")
+    source.add_argument("model_dir", nargs="?", default="", metavar="MODEL_DIR")
+    source.add_argument("--model", default="", metavar="MODEL_DIR", help="the same")
     source.add_argument("--predictions", default="", metavar="FILE", help="score these, no model")
     command.add_argument("--task", required=True, help="mme, mmbench_en, ...: docs/evaluation.md")
     command.add_argument(
@@ -39,12 +41,11 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--context", type=int, default=0, help="tokens; default: what they need")
     command.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    command.add_argument("--json", default="", metavar="FILE", help="a copy of results.json")
 
 
 def _eval(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        print(f"hovle eval: unknown argument {rest[0]}", file=sys.stderr)
-        return 2
+    no_more("eval", rest)
     from hovle_jax.eval.examples import ImageStore
     from hovle_jax.eval.report import HEAD, markdown_row
     from hovle_jax.eval.run import Run, answer, read_examples, score
@@ -64,14 +65,15 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
         args.resamples,
         args.seed,
     )
+    model = args.model_dir or args.model
     scale = run.definition.upscale.get(args.dialect, 1)
-    pictures = run.directory.parent / "images" if args.model else None
+    pictures = run.directory.parent / "images" if model else None
     examples, empty = read_examples(run, ImageStore(pictures, scale))
     if empty:
         print(f"{empty} rows without an image are left out", file=sys.stderr)
     predictions = args.predictions
-    if args.model:
-        path, _ = answer(run, args.model, examples, slots=args.slots, context=args.context)
+    if model:
+        path, _ = answer(run, model, examples, slots=args.slots, context=args.context)
         predictions = str(path)
     found = score(run, examples, predictions)
     if found is None:
@@ -79,4 +81,6 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
         return 0
     print("\n".join((*HEAD, markdown_row(found))))
     print(f"{Path(run.directory) / 'results.json'}, {Path(run.out) / 'results.md'}")
+    if args.json:
+        write_json(args.json, found)
     return 1 if found["failed"] else 0

@@ -7,10 +7,7 @@ same command again.
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
-import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -24,56 +21,13 @@ from hovle_jax.cli import data as cli_data
 from hovle_jax.cli import eval as cli_eval
 from hovle_jax.cli import plan as cli_plan
 from hovle_jax.cli import serve as cli_serve
+from hovle_jax.cli.common import UsageError, add_command, load_config, no_more
 from hovle_jax.cli.hosts import add_hosts
 from hovle_jax.errors import UserError
+from hovle_jax.output import check_place, write_json
 from hovle_jax.run import preemption
 
-EXIT_ERROR, EXIT_PREEMPTED = 1, 75
-
-
-def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
-    """`FILE.py[:VARIANT]` and `--config.a.b=VALUE` overrides -> RunConfig."""
-    from hovle_jax.config import RunConfig
-
-    path, _, variant = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config: no such file {path}")
-    module_spec = importlib.util.spec_from_file_location("hovle_config", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))  # configs share files beside them
-    try:
-        module_spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    config = module.get_config(variant) if variant else module.get_config()
-    for override in overrides:
-        _override(config, override)
-    return RunConfig.from_config_dict(config)
-
-
-def _override(config: Any, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not key.startswith("--config.") or not equals:
-        raise SystemExit(_usage(f"unknown argument {override}; overrides are --config.a.b=VALUE"))
-    *parents, leaf = key.removeprefix("--config.").split(".")
-    node = config
-    for name in parents:
-        node = node.get(name, None)
-        if not hasattr(node, "keys"):
-            raise UserError(f"{key[2:]}: unknown config key; {name!r} is no section")
-    old = node.get(leaf)
-    try:
-        value = text if isinstance(old, str) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    with node.unlocked(), node.ignore_type():  # RunConfig checks names and types, with better words
-        node[leaf] = value
-
-
-def _usage(message: str) -> int:
-    print(f"hovle: {message}", file=sys.stderr)
-    return 2
+EXIT_ERROR, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
@@ -114,24 +68,21 @@ def _train_on(args: argparse.Namespace, config: Any) -> int:
 
 
 def _plot(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
+    no_more("plot", rest)
     from hovle_jax.run.plot import goodput_table, read_run, write_plot
 
     runs = [read_run(directory) for directory in args.run_dirs]
     out = Path(args.out or Path(args.run_dirs[0]) / "plot.png")
     write_plot(out, runs)
     print(goodput_table(runs))
-    if args.json:
-        body = {run.name: run.seconds for run in runs}
-        Path(args.json).write_text(json.dumps(body, indent=2) + "\n")
     print(f"wrote {out}")
+    if args.json:
+        write_json(args.json, {run.name: run.seconds for run in runs})
     return 0
 
 
 def _demo(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
+    no_more("demo", rest)
     from hovle_jax.demo.run import run_demo
 
     run_demo(args.out, seed=args.seed, ablations=args.ablations)
@@ -139,8 +90,7 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _study(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
+    no_more("study", rest)
     from hovle_jax.study.plan import read_study
     from hovle_jax.study.report import markdown
     from hovle_jax.study.run import run_study
@@ -152,8 +102,7 @@ def _study(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _import(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
+    no_more("import", rest)
     from hovle_jax.hf.importer import import_directory
 
     for directory in import_directory(args.hf_dir, args.out_dir, args.plugin):
@@ -162,8 +111,7 @@ def _import(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
+    no_more("export", rest)
     from hovle_jax.hf import export
     from hovle_jax.hf.writer import ExportOptions, parse_size
 
@@ -181,16 +129,13 @@ def _export(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _verify(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _usage(f"unknown argument {rest[0]}")
+    no_more("verify", rest)
     if not args.cases and not args.live:
-        return _usage("verify needs recorded cases or --live HF_DIR")
+        raise UsageError("verify: needs recorded cases or --live HF_DIR")
     from hovle_jax.hf.cases import table
     from hovle_jax.hf.live import compare_live
     from hovle_jax.hf.verify import Verifier
 
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        raise UserError(f"--json {args.json}: not a file in an existing directory")
     reports = []
     verifier = Verifier(args.model_dir, args.dtype if args.cases else "float32")
     if args.live:
@@ -206,8 +151,8 @@ def _verify(args: argparse.Namespace, rest: list[str]) -> int:
         print(table(reports[-1:], every=args.all))
     passed = all(report.passed for report in reports)
     if args.json:
-        body = {"passed": passed, "cases": [report.to_json() for report in reports]}
-        Path(args.json).write_text(json.dumps(body, indent=2) + "\n")
+        cases = [report.to_json() for report in reports]
+        write_json(args.json, {"passed": passed, "cases": cases})
     return 0 if passed else EXIT_ERROR
 
 
@@ -219,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    add = functools.partial(cli_data.add_command, commands)
+    add = functools.partial(add_command, commands)
 
     demo = add(
         "demo",
@@ -265,17 +210,17 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", default="", metavar="FILE", help="default: RUN_DIR/plot.png")
     plot.add_argument("--json", default="", metavar="FILE", help="seconds of every phase")
 
-    cli_plan.add_command(add, load_config)
+    cli_plan.add_plan(add)
 
     data = commands.add_parser(
         "data", help=cli_data.__doc__, description=cli_data.__doc__, allow_abbrev=False
     )
-    cli_data.add_commands(data, load_config)
+    cli_data.add_commands(data)
 
     bench = commands.add_parser(
         "bench", help=cli_bench.__doc__, description=cli_bench.__doc__, allow_abbrev=False
     )
-    cli_bench.add_commands(bench, load_config)
+    cli_bench.add_commands(bench)
 
     checkpoint = commands.add_parser(
         "checkpoint",
@@ -357,7 +302,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What libraries log as errors they also raise; it would bury the one line that helps.
     logging.getLogger("absl").setLevel(logging.ERROR if args.debug else logging.CRITICAL)
     try:
+        for name in ("json", "png"):
+            if path := getattr(args, name, ""):
+                check_place(path)
         return int(args.run(args, rest))
+    except UsageError as error:
+        print(f"hovle: {error}", file=sys.stderr)
+        return EXIT_USAGE
     except UserError as error:
         if args.debug:
             raise

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hovle_jax.cli.common import UsageError, load_config, no_more
 from hovle_jax.errors import UserError
+from hovle_jax.output import write_json, writing
 
 # What a core delivered to a stage that reads such data (docs/performance.md, 'Cores a host needs').
 TILES_PER_CORE_SECOND = {"unpaired": 59.0, "conversations": 189.0}
@@ -20,13 +22,14 @@ DISK_BYTES_PER_SECOND = 1e9  # a host's share of a bucket: an assumption
 CHIPS_PER_HOST = 4
 
 
-def run(args: argparse.Namespace, rest: list[str], load_config: Callable[..., Any]) -> int:
+def _plan(args: argparse.Namespace, rest: list[str]) -> int:
     if args.tabulate:
+        no_more("plan --tabulate", rest)
         print(tabulate(Path(args.tabulate)))
         return 0
     for name in ("config", "topology"):
         if not getattr(args, name):
-            raise UserError(f"--{name}: missing")
+            raise UsageError(f"plan: --{name} is missing")
     for name in ("dump_hlo", "search"):
         if args.fast and getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: compiles; leave out --fast")
@@ -41,12 +44,13 @@ def run(args: argparse.Namespace, rest: list[str], load_config: Callable[..., An
         config, plan, more = _search(config, target)
     else:
         plan = aot.outline(config, target) if args.fast else aot.make_plan(config, target)
-    if args.dump_hlo:
-        Path(args.dump_hlo).write_text(plan.text)
     body = report(config, target, plan) | more
     print(table(body))
+    if args.dump_hlo:
+        with writing(args.dump_hlo):
+            Path(args.dump_hlo).write_text(plan.text)
     if args.json:
-        Path(args.json).write_text(json.dumps(body, indent=2) + "\n")
+        write_json(args.json, body)
     return 0
 
 
@@ -70,10 +74,11 @@ def _search(config: Any, target: Any) -> tuple[Any, Any, dict[str, Any]]:
     return best.config, best.plan, {"tried": tried}
 
 
-def add_command(add: Callable[..., Any], load_config: Callable[[str, Sequence[str]], Any]) -> None:
+def add_plan(add: Callable[..., Any]) -> None:
+    """`add`: `common.add_command` to the commands of `hovle`."""
     command = add(
         "plan",
-        lambda args, rest: run(args, rest, load_config),
+        _plan,
         "Compile a training step for a TPU topology, without a TPU: memory and estimated time.",
         "hovle plan --config=configs/stage3_instruct.py:hovle_2b --topology=v5e:4x4 "
         "--config.data.rows=16 --config.data.tokens=4096 --config.data.tiles=8",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from hovle_jax.cli.data import add_command
+from hovle_jax.cli.common import add_command, no_more
 from hovle_jax.cli.hosts import add_hosts
 from hovle_jax.errors import UserError
 
@@ -149,8 +148,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chat(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _unknown("chat", rest)
+    no_more("chat", rest)
     from hovle_jax.generation.chat import Assistant, Chat, first_question, interactive
 
     _at_least_one(args, "max_new_tokens")
@@ -166,8 +164,7 @@ def _chat(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _generate(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _unknown("generate", rest)
+    no_more("generate", rest)
     import jax
 
     from hovle_jax.generation.batch import Settings, answer_file, join, part_of
@@ -204,8 +201,7 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        return _unknown("serve", rest)
+    no_more("serve", rest)
     try:
         import uvicorn
 
@@ -244,8 +240,3 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
         timeout_keep_alive=75,  # longer than clients keep idle connections: they close first
     )
     return 0
-
-
-def _unknown(command: str, rest: list[str]) -> int:
-    print(f"hovle {command}: unknown argument {rest[0]}", file=sys.stderr)
-    return 2

@@ -105,8 +105,7 @@ def convert(
       UserError: bad arguments, `out_dir` holds something else, or too many rejects: with a larger
         `max_rejects` it continues where it stopped.
     """
-    if files.is_remote(out_dir):
-        raise UserError(f"{out_dir}: shards are written to local directories; convert, then copy")
+    files.check_local(out_dir, "OUT_DIR")
     _check_arguments([source.name for source in sources], shard_bytes, max_rejects, check)
     total = sum(map(len, sources))
     full = {**(config or {}), "check": check, "shard_bytes": shard_bytes}

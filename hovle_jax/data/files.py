@@ -32,6 +32,16 @@ def is_remote(path: str) -> bool:
     return _SCHEME.match(path) is not None
 
 
+def check_local(path: str | os.PathLike[str], what: str) -> None:
+    """UserError, which opens with `what`, if a path is remote: pathlib would take gs://bucket for
+    a directory named 'gs:' here."""
+    if is_remote(os.fspath(path)):
+        raise UserError(
+            f"{what}: {os.fspath(path)} must be local or mounted; checkpoints go to gs:// by "
+            "config.storage"
+        )
+
+
 def join(root: str, path: str) -> str:
     """`os.path.join`, to which 'gs://bucket/x' would be a relative path."""
     return path if is_remote(path) else os.path.join(root, path)

@@ -22,8 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hovle_jax.config import DataConfig
-from hovle_jax.data import files
-from hovle_jax.data.samples import SampleSource
+from hovle_jax.data.samples import Conversations, SampleSource
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.run.metrics import Progress
 
@@ -80,8 +79,6 @@ def lengths_of(
       UserError: more records than config.data.max_bad that cannot be read, or one that no row can
         hold.
     """
-    if directory is not None and files.is_remote(str(directory)):
-        raise UserError(f"config.data.index: {directory} must be local or mounted; it is mapped")
     if directory is None:
         measured = _measure(source, quiet=quiet, most=data.max_bad, workers=workers)
         lengths, bad, cut = Lengths(measured.table), measured.rejects, measured.cut
@@ -101,10 +98,13 @@ def lengths_of(
         print(f"{source.name}: {len(cut)} records are too long for a row ({cut[0]}{where})")
     over = lengths.first_over(data.tokens, data.tiles)
     if over is not None:
+        keys = "config.data.tokens, config.data.tiles"
+        if isinstance(source, Conversations):
+            keys += "; or see config.data.too_long"
         raise UserError(
             f"{source.name}: record {over + 1} has {lengths[over][0]} tokens and "
             f"{lengths[over][1]} tiles; a row holds {data.tokens} and {data.tiles} "
-            "(config.data.tokens, config.data.tiles; or see config.data.too_long)"
+            f"({keys})"
         )
     return lengths
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.output import write_json, writing
 
 Report = dict[str, Any]
 Origins = Sequence[Report] | None  # of the segments of a row, one each
@@ -34,12 +34,11 @@ def write(
     report: Report, json_file: str, png: str = "", picture: Callable[[], Image.Image] | None = None
 ) -> Report:
     """Writes what there are file names for; a PNG whatever its name ends in."""
-    for path in filter(None, (json_file, png)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     if json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(json_file, report)
     if png and picture:
-        picture().save(png, "PNG")
+        with writing(png):
+            picture().save(png, "PNG")
     return report
 
 

@@ -38,7 +38,7 @@ from hovle_jax.data.samples import (
     UnpairedImages,
     check_tokenizer,
 )
-from hovle_jax.data.sources import open_images, open_meta
+from hovle_jax.data.sources import MetaEntry, open_images, open_meta
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError, one_line
@@ -65,9 +65,25 @@ def open_sources(
     shares = [len(e.source) * e.repeat if e.weight is None else e.weight for e in entries]
     if not unpaired:
         return [Conversations(e, tokenizer, model, data, config.seed) for e in entries], shares
+    _check_unpaired(config, entries)
     text = _open_text(data.text, tokenizer)
     images = [UnpairedImages(e, text, tokenizer, model, data, config.seed) for e in entries]
     return images, shares
+
+
+def _check_unpaired(config: RunConfig, entries: Sequence[MetaEntry]) -> None:
+    """Refuses what is asked for and only conversations have."""
+    if config.data.too_long != "error":
+        raise UserError(
+            f"config.data.too_long={config.data.too_long!r}: stage {config.stage!r} has no turns "
+            "to cut; its images take as many tiles as config.data.max_tiles says"
+        )
+    for entry in entries:
+        if entry.augment:
+            raise UserError(
+                f"{config.data.meta}: {entry.name!r}: data_augment: stage {config.stage!r} takes "
+                "images as they are; leave it out of its meta file"
+            )
 
 
 def _open_text(path: str, tokenizer: Tokenizer) -> TextLines | TokenShards | None:

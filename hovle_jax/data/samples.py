@@ -26,6 +26,8 @@ from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
 
+KINDS = ("unpaired", "conversations")  # of data: `UnpairedImages`, `Conversations`
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -97,7 +99,7 @@ class Tiler:
         self.max_tiles = data.max_tiles if max_tiles is None else max_tiles
         self.thumbnail = data.thumbnail
         self.name = data.tiler
-        self._tiler = TILERS.find(data.tiler)
+        self.policy = TILERS.find(data.tiler)
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -110,27 +112,27 @@ class Tiler:
         most = max(1, self.max_tiles // max(images, 1))
         return min(self.min_tiles, most), most
 
-    def _limits(self, record: Record) -> TileLimits:
+    def limits_of(self, record: Record) -> TileLimits:
         return TileLimits(self.image_size, *self.limits(len(record.images)), self.thumbnail)
 
     def counts(self, record: Record) -> list[int]:
         """Tiles of each image, from its header alone."""
-        limits = self._limits(record)
+        limits = self.limits_of(record)
         if limits.most == 1:  # whatever its size; half a billion headers need not be read
             return [1] * len(record.images)
         sizes = [image.image_size_of(ref, record.where) for ref in record.images]
-        return [self._tiler.count(*size, limits) for size in sizes]
+        return [self.policy.count(*size, limits) for size in sizes]
 
     def tiles(self, record: Record, rng: np.random.Generator | None = None) -> list[np.ndarray]:
         """uint8 [tiles, H, W, 3] per image; with `rng`, after a JPEG round trip of random quality
         (75 to 100, as InternVL's `data_augment`)."""
-        limits = self._limits(record)
+        limits = self.limits_of(record)
 
         def opened(ref: str | bytes) -> Image.Image:
             picture = image.open_image(ref, record.where)
             return picture if rng is None else image.recompress(picture, int(rng.integers(75, 101)))
 
-        return [self._tiler.cut(opened(ref), limits) for ref in record.images]
+        return [self.policy.cut(opened(ref), limits) for ref in record.images]
 
     def stack(self, tiles: list[np.ndarray]) -> np.ndarray:
         empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)

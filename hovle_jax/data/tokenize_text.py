@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from hovle_jax.data import convert, text_files
+from hovle_jax.data import convert, files, text_files
 from hovle_jax.data.array_record import MANIFEST
 from hovle_jax.data.convert import REJECTS
 from hovle_jax.data.rows import load_json
@@ -85,17 +85,18 @@ def tokenize_text(
         raise UserError("shard_tokens must be positive and workers not negative")
     if not 0 <= max_rejects <= 1:
         raise UserError(f"max_rejects must be a fraction from 0 to 1, got {max_rejects}")
-    files = text_files.find(inputs, out)
+    files.check_local(out, "OUT_DIR")
+    found = text_files.find(inputs, out)
     config = {"inputs": list(inputs), "key": key, "shard_tokens": shard_tokens}
-    config |= {"tokenizer": tokenizer.fingerprint, "files": [list(file) for file in files]}
+    config |= {"tokenizer": tokenizer.fingerprint, "files": [list(file) for file in found]}
     if (manifest := read_manifest(out)) is not None:
-        _check(out, manifest, config, len(files))
+        _check(out, manifest, config, len(found))
         pathlib.Path(out, JOURNAL).unlink(missing_ok=True)  # killed just before that
         return manifest
     try:
         with contextlib.closing(_Job(out, config)) as job:
-            progress = _progress(files, job.file, quiet)
-            batches = text_files.read(files, key, job.file, job.row)
+            progress = _progress(found, job.file, quiet)
+            batches = text_files.read(found, key, job.file, job.row)
             for batch, rows, ids in _encode_all(batches, key, tokenizer, workers):
                 job.add(batch.file, rows, ids)
                 if job.rejects > max(max_rejects * job.rows, convert._MANY):
@@ -114,10 +115,10 @@ def tokenize_text(
         ) from e
 
 
-def _progress(files: list[File], first: int, quiet: bool) -> Callable[[int, int], None]:
+def _progress(texts: list[File], first: int, quiet: bool) -> Callable[[int, int], None]:
     """f(bytes of the files done, rejects): progress in megabytes."""
-    shown = sum(file.size for file in files[:first]) // 10**6
-    total = math.ceil(sum(file.size for file in files) / 10**6)
+    shown = sum(file.size for file in texts[:first]) // 10**6
+    total = math.ceil(sum(file.size for file in texts) / 10**6)
     progress = Progress("tokenizing", total, every=1000, start=shown)
 
     def update(done: int, rejects: int) -> None:

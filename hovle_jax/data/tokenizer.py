@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
 
+from hovle_jax.data.files import check_local
 from hovle_jax.errors import UserError
 
 IM_START = "<|im_start|>"
@@ -63,6 +64,7 @@ class Tokenizer:
         Raises:
           UserError: a missing or malformed file.
         """
+        check_local(directory, "a tokenizer's directory")
         directory = pathlib.Path(directory)
         names = (_MODEL_FILE, _ADDED_FILE, _CONFIG_FILE)
         files = {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}

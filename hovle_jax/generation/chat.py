@@ -40,7 +40,10 @@ class PerImageTiler(Tiler):
     limit of one.)"""
 
     def __init__(self, config: ModelConfig, own: Tiler, max_tiles: int):
-        data = DataConfig(min_tiles=own.min_tiles, thumbnail=own.thumbnail, tiler=own.name)
+        most = max(own.min_tiles, max_tiles)
+        data = DataConfig(
+            min_tiles=own.min_tiles, max_tiles=most, thumbnail=own.thumbnail, tiler=own.name
+        )
         super().__init__(config, data, max_tiles)
 
     def limits(self, images: int) -> tuple[int, int]:

@@ -152,19 +152,16 @@ def data_config(raw: Section) -> DataConfig | None:
     """Chat template, system message and tile limits; None of a model that names none of them."""
     if not any(key in raw for key in _DATA_KEYS):
         return None
-    config = DataConfig(
+    least, most = raw.count("min_dynamic_patch", 1), raw.count("max_dynamic_patch", 12)
+    if least > most:
+        raise UserError(f"min_dynamic_patch {least} is more than max_dynamic_patch {most}")
+    return DataConfig(
         template=raw.text("template") if raw.has("template") else "internlm2-chat",
         system=raw.text("system_message") if raw.has("system_message") else None,
-        min_tiles=raw.count("min_dynamic_patch", 1),
-        max_tiles=raw.count("max_dynamic_patch", 12),
+        min_tiles=least,
+        max_tiles=most,
         thumbnail=raw.flag("use_thumbnail", True),
     )
-    if config.min_tiles > config.max_tiles:
-        raise UserError(
-            f"min_dynamic_patch {config.min_tiles} is more than max_dynamic_patch "
-            f"{config.max_tiles}"
-        )
-    return config
 
 
 def teacher_config(raw: Section) -> TeacherConfig:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hovle_jax.data import files
 from hovle_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,6 +25,7 @@ def new_directory(out: str | Path, need: int) -> Iterator[Path]:
     Raises:
       UserError: OUT is not empty, cannot be written, or the disk is too small.
     """
+    files.check_local(out, "the new directory")
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; remove it or choose another directory")

@@ -190,9 +190,10 @@ class Checkpoints:
             if self._leads:
                 row = {"step": step, "reason": reason, "to": self._begun, "cursor": cursor}
                 row["instead_of"] = read_meta(where)["cursor"]
-                path = self._storage / REWINDS
-                lines = path.read_text() if path.exists() else ""
-                path.write_text(f"{lines}{json.dumps(row)}\n")
+                rows = [*read_rewinds(self._storage), row]
+                (self._storage / REWINDS).write_text(
+                    "".join(json.dumps(row) + "\n" for row in rows)
+                )
         return self.restore(self._begun, shapes)[0]
 
     def close(self) -> None:

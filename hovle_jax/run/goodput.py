@@ -71,8 +71,8 @@ class GoodputLog:
         self._path, self._now = Path(path), now
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a")
-        if self._file.tell() and not self._path.read_text().endswith("\n"):
-            self._file.write("\n")  # a row that a kill cut short stays alone
+        whole = self._path.read_bytes().rpartition(b"\n")
+        self._file.truncate(len(whole[0] + whole[1]))  # without a row that a kill cut short
 
     def write(self, **row: Any) -> None:
         self._file.write(json.dumps({"time": self._now()} | row) + "\n")
@@ -80,15 +80,6 @@ class GoodputLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_goodput(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of the file without those that were cut short."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def split_time(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from hovle_jax.errors import UserError
+
 
 class MetricLog:
     """`metrics.jsonl` and its like: at most one row per step, also across restarts."""
@@ -38,14 +40,29 @@ class MetricLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut short by a crash is left out."""
+    """Rows of a metrics file, none where there is no file; as `parse_rows`."""
     path = Path(path)
+    return parse_rows(path.read_text(), str(path)) if path.is_file() else []
+
+
+def parse_rows(text: str, where: str) -> list[dict[str, Any]]:
+    """Rows of JSON lines. A last line that a crash cut short is left out.
+
+    Raises:
+      UserError: any other line that is no JSON object: what follows it must not be lost.
+    """
+    *lines, last = text.split("\n")
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for number, line in enumerate([*lines, last], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line) if line.strip() else None
+            if not isinstance(row, dict | None):
+                raise ValueError
+        except ValueError:
+            if number > len(lines):
+                break
+            raise UserError(f"{where}:{number}: is no row of JSON; mend or delete it") from None
+        rows += [row] if row is not None else []
     return rows
 
 

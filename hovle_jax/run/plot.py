@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hovle_jax.errors import UserError
-from hovle_jax.run.goodput import PHASES, goodput, read_goodput, split_time
+from hovle_jax.run.goodput import PHASES, goodput, split_time
 from hovle_jax.run.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
@@ -58,7 +58,7 @@ def read_run(directory: str | Path) -> RunRecord:
         str(directory),
         train,
         read_metrics(directory / "eval.jsonl"),
-        split_time(read_goodput(directory / "goodput.jsonl")),
+        split_time(read_metrics(directory / "goodput.jsonl")),
     )
 
 

@@ -16,6 +16,7 @@ import jax
 from hovle_jax import sharding
 from hovle_jax.checkpoint import open_stored, read_config, storage_of, write_tree
 from hovle_jax.config import RunConfig, to_dict
+from hovle_jax.data import files
 from hovle_jax.data.pipeline import START, Cursor, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
@@ -124,6 +125,7 @@ def open_run(
       UserError: anything the caller can mend.
     """
     stage = get_stage(config.stage)
+    _check_local(config, workdir)
     workdir = Path(workdir)
     barrier = DataBarrier(config.data.timeout)
     with barrier.together():
@@ -158,6 +160,14 @@ def open_run(
         barrier.agree({"the data": pipeline.summary()})
         teacher = teacher_params(config, mesh) if stage.teacher else {}
     return Run(config, workdir, stage, tokenizer, mesh, barrier, checkpoints, pipeline, teacher)
+
+
+def _check_local(config: RunConfig, workdir: str | Path) -> None:
+    files.check_local(workdir, "--workdir")
+    for name in ("data.tokenizer", "data.index", "init.llm", "init.teacher", "init.previous"):
+        files.check_local(operator.attrgetter(name)(config), f"config.{name}")
+    for i, more in enumerate(config.teachers):
+        files.check_local(more.path, f"config.teachers[{i}].path")
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer, saved: Path) -> None:
@@ -199,6 +209,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "optim.name",
         "optim.moments",
         "distill",
+        "teacher",
         "teachers",
     ):
         look = operator.attrgetter(name)

@@ -57,6 +57,10 @@ class Tasks:
             check(task, dialect)
         except UserError as error:
             raise UserError(f"config.eval_tasks: {entry!r}: {error}") from None
+        if name in self._tasks:
+            raise UserError(
+                f"config.eval_tasks: {name} is asked twice, and a row has one place for its score"
+            )
         benchmark = Benchmark(task, dialect, (path,))
         if not benchmark.definition.readings:
             raise UserError(f"config.eval_tasks: {task} needs a judge")

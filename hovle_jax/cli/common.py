@@ -1,0 +1,79 @@
+"""What the commands share: how one is added, configs with their overrides, usage errors."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hovle_jax.errors import UserError
+from hovle_jax.modules import load_module
+
+if TYPE_CHECKING:
+    from hovle_jax.config import RunConfig
+
+
+class UsageError(UserError):
+    """A command line that no command understands: exit status 2."""
+
+
+def add_command(
+    commands: Any, name: str, run: Any, text: str, example: str
+) -> argparse.ArgumentParser:
+    """A subcommand with its example; `run(args, rest)` gives the exit status."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def no_more(command: str, rest: Sequence[str]) -> None:
+    """Refuses arguments that are left over, of a command without a config to override."""
+    if rest:
+        raise UsageError(f"{command}: unknown argument {rest[0]}")
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """`FILE.py[:VARIANT]` and `--config.a.b=VALUE` overrides -> RunConfig."""
+    from hovle_jax.config import RunConfig
+
+    path, _, variant = spec.partition(":")
+    module, given = load_module(path, "--config"), [variant] if variant else []
+    make = getattr(module, "get_config", None)
+    if not callable(make):
+        raise UserError(f"--config: {path} has no function get_config")
+    try:
+        inspect.signature(make).bind(*given)
+    except TypeError as error:
+        raise UserError(f"--config: {spec}: get_config: {error}") from None
+    config = make(*given)
+    for override in overrides:
+        _override(config, override)
+    return RunConfig.from_config_dict(config)
+
+
+def _override(config: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not key.startswith("--config.") or not equals:
+        raise UsageError(f"unknown argument {override}; overrides are --config.a.b=VALUE")
+    *parents, leaf = key.removeprefix("--config.").split(".")
+    node = config
+    for name in parents:
+        node = node.get(name, None)
+        if not hasattr(node, "keys"):
+            raise UserError(f"{key[2:]}: unknown config key; {name!r} is no section")
+    old = node.get(leaf)
+    try:
+        value = text if isinstance(old, str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    with node.unlocked(), node.ignore_type():  # RunConfig checks names and types, with better words
+        node[leaf] = value
