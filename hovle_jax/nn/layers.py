@@ -214,6 +214,7 @@ class Mixer(nn.Module):
     config: LayersConfig
     implementation: str  # of softmax attention
     masked: ClassVar[bool] = False  # sees the later tokens that `LayersConfig.mask` allows
+    ignores: ClassVar[tuple[str, ...]] = ()  # further settings of LayersConfig it has no use for
 
     def __call__(
         self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
