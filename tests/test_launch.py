@@ -212,6 +212,21 @@ def test_stages_go_on_where_they_stopped(tools, settings, tmp_path):
     assert len(fake.calls) == 6 and "--config.steps=9000" in fake.calls[5]
 
 
+def test_a_stage_of_ones_own_between_two_others(tools, settings, tmp_path):
+    more = {"STAGES": "2 2_late 3", "ARGS2_late": "--config.data.meta=/bucket/late.json"}
+    env = stages_env(settings, tmp_path, **more)
+    fake = tools("hovle")
+    assert fake.run("stages.sh", **env).returncode == 0
+    _, late, last = fake.calls
+    assert "--config=configs/stage2_late.py:tiny" in late
+    assert "--config.data.meta=/bucket/late.json" in late
+    assert f"--config.init.previous={tmp_path}/runs/stage2" in late
+    assert f"--config.init.previous={tmp_path}/runs/stage2_late" in last
+    assert "no configs/stage4.py" in fake.run("stages.sh", **env | {"STAGES": "4"}).stderr
+    alone = fake.run("stages.sh", **env | {"STAGES": "2_late"})
+    assert alone.returncode != 0 and "name the stage before" in alone.stderr
+
+
 def test_stages_stop_where_one_fails(tools, settings, tmp_path):
     fake = tools("hovle")
     env = stages_env(settings, tmp_path, ON_hovle="case $(wc -l <$CALLS) in 2) exit 1 ;; esac")
