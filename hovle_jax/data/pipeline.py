@@ -89,7 +89,7 @@ def _check_unpaired(config: RunConfig, entries: Sequence[MetaEntry]) -> None:
 def _open_text(path: str, tokenizer: Tokenizer) -> TextLines | TokenShards | None:
     if os.path.isdir(path):
         return TokenShards(path, tokenizer)
-    return TextLines("text", path) if path else None
+    return TextLines(path) if path else None
 
 
 class Split:
