@@ -1,12 +1,12 @@
 """Stage I: distil the holistic embedding module from a vision teacher and the LLM's text table.
 
-    hovle train --config=configs/stage1_distill.py:hovle_2b --workdir=gs://BUCKET/stage1 \\
-        --config.data.images="('gs://BUCKET/images',)" --config.data.tokenizer=TOKENIZER_DIR \\
+    hovle train --config=configs/stage1_distill.py:hovle_2b --workdir=/bucket/stage1 \\
+        --config.data.images="('/bucket/images',)" --config.data.tokenizer=TOKENIZER_DIR \\
         --config.init.llm=LLM_DIR --config.init.teacher=TEACHER_DIR
 
 Expected: loss/text falls below 0.05 within the first thousand steps (a near-identity task),
-loss/image keeps falling to the end. The recipe is our proposal (spec 4.7): the paper's learning
-rate, batch and steps are not public. Never run at this size.
+loss/image keeps falling to the end. The recipe is our proposal (docs/stages.md): the paper's
+learning rate, batch and steps are not public. Never run at this size.
 """
 
 from models import MODELS, TEACHERS, check

@@ -1,6 +1,6 @@
 """Stage I with other teachers than InternViT: SigLIP 2, DINOv3, or both at once.
 
-    hovle train --config=configs/stage1_teachers.py:siglip2 --workdir=gs://BUCKET/stage1 \\
+    hovle train --config=configs/stage1_teachers.py:siglip2 --workdir=/bucket/stage1 \\
         --config.init.teacher=siglip2-so400m-patch16-256 ...     (:dinov3, :both, :layers)
 
 Both towers have 16 x 16 patches of a 256-pixel picture, HoVLE's 256 tokens per tile; the student's

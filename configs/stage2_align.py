@@ -1,11 +1,11 @@
 """Stage II: next-token prediction on image-text pairs through the frozen LLM.
 
-    hovle train --config=configs/stage2_align.py:hovle_2b --workdir=gs://BUCKET/stage2 \\
+    hovle train --config=configs/stage2_align.py:hovle_2b --workdir=/bucket/stage2 \\
         --config.data.meta=META.json --config.data.tokenizer=TOKENIZER_DIR \\
-        --config.init.llm=LLM_DIR --config.init.previous=gs://BUCKET/stage1
+        --config.init.llm=LLM_DIR --config.init.previous=/bucket/stage1
 
 Expected: every decoder leaf stays bit-identical to the LLM's; loss/next_token falls. The recipe is
-our proposal (spec 4.7). Never run at this size.
+our proposal (docs/stages.md). Never run at this size.
 """
 
 from models import MODELS, TEACHERS, check

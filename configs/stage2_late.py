@@ -1,11 +1,11 @@
 """Between stages II and III: all of the model on stage II's data, the LLM at a tenth of the rate.
 
-    hovle train --config=configs/stage2_late.py:hovle_2b --workdir=gs://BUCKET/late \\
+    hovle train --config=configs/stage2_late.py:hovle_2b --workdir=/bucket/late \\
         --config.data.meta=META.json --config.data.tokenizer=TOKENIZER_DIR \\
-        --config.init.previous=gs://BUCKET/stage2
+        --config.init.previous=/bucket/stage2
 
 The stage is examples/stage.py; stage III starts from it with --config.init.previous. A proposal, as
-the others are (spec 9: NEO and VoRA unfreeze late). Never run at this size.
+the others are (NEO and VoRA unfreeze late). Never run at this size.
 """
 
 from pathlib import Path

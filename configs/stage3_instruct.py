@@ -1,11 +1,11 @@
 """Stage III: instruction tuning of everything.
 
-    hovle train --config=configs/stage3_instruct.py:hovle_2b --workdir=gs://BUCKET/stage3 \\
+    hovle train --config=configs/stage3_instruct.py:hovle_2b --workdir=/bucket/stage3 \\
         --config.data.meta=META.json --config.data.tokenizer=TOKENIZER_DIR \\
-        --config.init.previous=gs://BUCKET/stage2
+        --config.init.previous=/bucket/stage2
 
 Answer tokens weigh 1/sqrt(tokens of the answer), as in InternVL-2.5. The recipe is our proposal
-(spec 4.7). Never run at this size.
+(docs/stages.md). Never run at this size.
 """
 
 from models import MODELS, TEACHERS, check

@@ -25,7 +25,7 @@ IGNORE = -100  # label of a token that is not predicted
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """A stack of causal layers (spec: InternLM2-1.8B's), all alike unless `layer_types` differ.
+    """A stack of causal layers (InternLM2-1.8B's), all alike unless `layer_types` differ.
 
     The holistic embedding module and the LLM are both such stacks.
     """
@@ -136,6 +136,12 @@ class ModelConfig:
                     f"model.{name}.mask={stack.mask!r}: no layer of layer_types {stack.period} "
                     "can see later tokens"
                 )
+            for key in sorted(set.intersection(*(set(kind.ignores) for kind in kinds))):
+                if getattr(stack, key) != getattr(LayersConfig, key):
+                    raise UserError(
+                        f"model.{name}.{key}={getattr(stack, key)!r}: no layer of layer_types "
+                        f"{stack.period} has a use for it"
+                    )
         if self.embedding.hidden_size != self.decoder.hidden_size:
             raise UserError("model.embedding.hidden_size must equal model.decoder.hidden_size")
         if self.image_size % self.patch_size:
@@ -245,7 +251,7 @@ class DataConfig:
     text_ratio: float = 1.0  # stage I: text tokens per image token
     tokenizer: str = ""  # directory with tokenizer.model and added_tokens.json
     template: str = "internlm2-chat"
-    system: str | None = None  # replaces the template's system message; '' = no system turn
+    system: str | None = None  # in place of the template's, where a record has none; '' = none
     rows: int = 8  # global batch
     tokens: int = 4096
     tiles: int = 12
@@ -427,7 +433,7 @@ class RunConfig:
     storage: str = ""  # checkpoints and frozen parameters lie here, or gs://; '' = work directory
     eval_every: int = 0  # steps between evaluations: held-out records (data.holdout), eval_tasks
     eval_tasks: tuple[str, ...] = ()  # "TASK=FILE" or "TASK:DIALECT=FILE": answered and scored then
-    eval_questions: int = 256  # of each of them, at most: the first
+    eval_questions: int = 256  # of each of them, at most: the first, with all rows of theirs
     eval_tokens: int = 64  # of an answer, at most
     tensorboard: bool = False  # metrics also go to WORKDIR/tensorboard
     wandb: str = ""  # metrics also go to this project of Weights & Biases

@@ -7,6 +7,9 @@ Every parameter is read or made directly in its shards of the mesh.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +21,7 @@ from hovle_jax.config import RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
 from hovle_jax.stages import Stage, get_stage
-from hovle_jax.train_step import param_shardings
+from hovle_jax.train_step import param_shardings, trainable_regex
 from hovle_jax.tree import flatten, unflatten
 
 Params = dict[str, Any]
@@ -63,12 +66,16 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     wanted = placed(config, shapes, mesh)
     found: dict[str, Any] = {}
     if source.llm:
-        found |= _language_model(config, wanted)
+        llm = open_stored(source.llm)
+        found |= _language_model(llm, config, wanted)
     if source.previous:
         stored = open_stored(source.previous)
         if not source.scratch:
-            _check_stacks(stored, config)
-        found |= stored.read(wanted)
+            check_model(stored, config, wanted)
+        before = stored.read(wanted)
+        if source.llm and not source.scratch:
+            check_same_table(llm, stored, found, before)
+        found |= before
     missing = {k: v for k, v in wanted.items() if k not in found}
     # The embedding module is what HoVLE adds: a stage without a predecessor makes it up.
     fresh = {k for k in missing if not stage.after and not k.startswith("embedding/text/")}
@@ -94,9 +101,8 @@ def _adapters(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 _VOCAB_AXES = {"embedding/text/table": 0, "decoder/head/kernel": 1}
 
 
-def _language_model(config: RunConfig, wanted: dict[str, Any]) -> dict[str, Any]:
-    stored = open_stored(config.init.llm)
-    _check_agreement(stored, stored.model.decoder, config.model.decoder, "model.decoder")
+def _language_model(stored: Stored, config: RunConfig, wanted: dict[str, Any]) -> dict[str, Any]:
+    _check_agreement(stored, stored.model.decoder, config.model.decoder, "model.decoder", _STACK)
     shapes = flatten(model.abstract_params(stored.model))
     llm = {k: v for k, v in wanted.items() if k.startswith(("decoder/", "embedding/text/"))}
     short = {
@@ -143,32 +149,85 @@ def _grow(x: jax.Array, want: Any, axis: int, rng: jax.Array) -> jax.Array:
     return jax.jit(grow, out_shardings=want.sharding)(x)
 
 
-def _check_agreement(stored: Stored, theirs: Any, ours: Any, where: str) -> None:
+# What is learned with one is wrong with another, and no parameter tells: of a stack, ...
+_STACK = ("rope_theta", "rms_norm_eps", "qkv_bias", "out_bias", "qk_norm")
+_EMBEDDING = ("shuffle_loc", "shuffle", "compressor", "projector", "normalize_embeddings")
+_TEACHER = (
+    *("kind", "rope_theta", "norm", "norm_eps", "qkv_bias", "key_bias", "qk_norm", "activation"),
+    *("gated", "shuffle_version", "mean", "std"),
+)
+
+
+def _check_agreement(
+    stored: Stored, theirs: Any, ours: Any, where: str, names: Sequence[str], hint: str = ""
+) -> None:
     """Shapes show most differences between configs; these would only show as bad results."""
-    names = ["rope_theta", "rms_norm_eps", "norm_eps", "shuffle_version"]
-    names += ["qkv_bias", "out_bias", "qk_norm", "norm"]
-    names += ["kind", "key_bias", "activation", "gated", "mean", "std"]
     if "linear" in (getattr(ours, "rope_scaling", ""), getattr(theirs, "rope_scaling", "")):
-        names += ["rope_scaling", "rope_factor"]  # dynamic differs only past the trained length
+        names = (*names, "rope_scaling", "rope_factor")  # dynamic: only past the trained length
     for name in names:
-        if hasattr(ours, name) and getattr(ours, name) != getattr(theirs, name):
+        if getattr(ours, name) != getattr(theirs, name):
             raise UserError(
                 f"config.{where}.{name} is {getattr(ours, name)!r}, but {stored.directory} has "
-                f"{getattr(theirs, name)!r}"
+                f"{getattr(theirs, name)!r}{hint}"
             )
 
 
-def _check_stacks(stored: Stored, config: RunConfig) -> None:
-    """Masks and positions have no parameters: forgotten in the next stage, nothing would tell."""
-    for stack in {path.partition("/")[0] for path in stored.paths if "/layers/" in path}:
-        theirs, ours = getattr(stored.model, stack), getattr(config.model, stack)
-        for name in ("mask", "positions"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise UserError(
-                    f"config.model.{stack}.{name} is {getattr(ours, name)!r}, but "
-                    f"{stored.directory} was trained with {getattr(theirs, name)!r} "
-                    "(config.init.scratch=True skips this check)"
-                )
+def check_model(stored: Stored, config: RunConfig, wanted: Mapping[str, Any]) -> None:
+    """Refuses a stage that would go on with another model than the one before it trained.
+
+    wanted: by path, the parameters that the stage reads. Only parts that `stored` has are compared.
+
+    Raises:
+      UserError: settings that have no parameters differ, or stored parameters would be left out.
+    """
+    hint, ours, theirs = " (config.init.scratch=True skips this check)", config.model, stored.model
+
+    def is_taken(part: str) -> bool:
+        of_both = (any(path.startswith(part) for path in paths) for paths in (stored.paths, wanted))
+        return all(of_both)
+
+    for stack in ("embedding", "decoder"):
+        if is_taken(f"{stack}/layers/"):
+            one, other = (
+                dataclasses.replace(layers, layer_types=layers.period)
+                for layers in (getattr(theirs, stack), getattr(ours, stack))
+            )
+            names = ("layer_types", "mask", "positions", *_STACK)
+            _check_agreement(stored, one, other, f"model.{stack}", names, hint)
+    if is_taken("embedding/layers/"):
+        _check_agreement(stored, theirs, ours, "model", _EMBEDDING, hint)
+    parts = {path.partition("/")[0] for path in wanted}
+    lost = sorted(p for p in stored.paths - wanted.keys() if p.partition("/")[0] in parts)
+    if lost:
+        raise UserError(f"{stored.directory} has {lost[0]}, but config.model has no such{hint}")
+
+
+_TABLE = "embedding/text/table"
+
+
+def check_same_table(
+    llm: Stored, stored: Stored, of_llm: Mapping[str, Any], of_stored: Mapping[str, Any]
+) -> None:
+    """A decoder above the text table of another LLM, of the same shapes, would read nonsense.
+
+    Raises:
+      UserError: the LLM is not the one that `stored`, whose table never trained, began with.
+    """
+    run = stored.config
+    decoder = any(path.startswith("decoder/") for path in of_llm.keys() - of_stored.keys())
+    if not decoder or not isinstance(run, RunConfig) or _TABLE not in of_stored:
+        return
+    if _TABLE not in of_llm or re.fullmatch(trainable_regex(run), _TABLE):
+        return
+    tables = of_llm[_TABLE], of_stored[_TABLE]
+    rows, where = llm.model.text_rows, _replicated(tables[0].sharding)  # grow_vocab made the rest
+    same = jax.jit(lambda a, b: jnp.all((a == b)[:rows]), out_shardings=where)
+    if not bool(same(*tables)):
+        raise UserError(
+            f"config.init.llm: {llm.directory} has another text table than the LLM that "
+            f"{stored.directory} began with; name that one (config.init.scratch=True skips this "
+            "check)"
+        )
 
 
 def _random(config: RunConfig, missing: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +267,7 @@ def _teacher(
     stored = open_stored(target.path, "teacher")
     if not isinstance(stored.config, TeacherConfig):
         raise UserError(f"{key}: {target.path} holds no vision teacher")
-    _check_agreement(stored, stored.config, target.config, where)
+    _check_agreement(stored, stored.config, target.config, where, _TEACHER)
     axes = teacher.param_axes(target.config)
     shardings = flatten(sharding.tree_shardings(axes, unflatten(shapes), mesh))
     found = stored.read({k: with_sharding(x, shardings[k]) for k, x in shapes.items()})

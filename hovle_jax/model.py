@@ -243,7 +243,7 @@ def cached_inputs(
 
 
 def init(rng: jax.Array, config: ModelConfig) -> Params:
-    """Random parameters, float32, as a nested dict (initialisation: spec 4.7)."""
+    """Random parameters, float32, as a nested dict."""
     return nn.unbox(_boxed_init(rng, config))
 
 

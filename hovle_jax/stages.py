@@ -6,7 +6,7 @@
     align     image-text pairs  next token, LLM frozen     embedding module, table      distill
     instruct  conversations     next token                 everything                   align
 
-(paper section 3.3, spec 4.1; what the paper leaves open is marked in docs/design.md)
+(paper section 3.3; what the paper leaves open is marked in docs/design.md)
 """
 
 from __future__ import annotations

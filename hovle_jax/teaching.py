@@ -17,9 +17,9 @@ ADAPTORS = ("none", "linear")
 class TeacherConfig:
     """A vision tower that ends in features per token; the defaults are InternViT-300M and mlp1.
 
-    InternViT ends in the LLM's input space, T = (grid / shuffle)^2 tokens of `out_size` (spec
-    section 7). Others end in a space of their own: shuffle^2 x hidden_size is their `out_size`, and
-    the student needs an adaptor (distill.py).
+    InternViT ends in the LLM's input space, T = (grid / shuffle)^2 tokens of `out_size`. Others
+    end in a space of their own: shuffle^2 x hidden_size is their `out_size`, and the student
+    needs an adaptor (distill.py).
     """
 
     kind: str = "internvit"  # nn.vit.TEACHERS

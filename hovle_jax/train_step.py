@@ -58,6 +58,13 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
     if not own or (config.trainable and all(map(lora.is_adapter, own))):
         regex = config.trainable or stage.trainable
         raise UserError(f"config.trainable: {regex!r} matches no parameter of stage {stage.name!r}")
+    text = next((path for path in own if path.startswith("embedding/text/")), None)
+    if text and stage.terms is distill.terms:
+        regex = config.trainable or stage.trainable
+        raise UserError(
+            f"config.trainable: {regex!r} matches {text}, which stage {stage.name!r} has for its "
+            "target: text and target would become all alike; leave it out"
+        )
     dtype = jnp.dtype(config.model.dtype)
     return trainable, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
 
@@ -170,11 +177,13 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
         skipped = state.skipped
         if config.optim.skip_nonfinite:
             ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-            params, opt_state = jax.tree.map(
+            params, kept = jax.tree.map(
                 lambda new, old: jnp.where(ok, new, old),
                 (params, opt_state),
                 (state.params, state.opt_state),
             )
+            # Its last part is the schedule, which follows the steps, those left out among them.
+            opt_state = (*kept[:-1], opt_state[-1])
             skipped = skipped + (~ok).astype(jnp.int32)
         metrics = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
         for name, part in group_norms(config.optim, gradient).items():

@@ -37,8 +37,9 @@ case ${1:-} in
   start)
     if [ -n "${dry:-}" ] || [ -z "$(sudo docker ps -q --filter 'name=^hovle$')" ]; then
       run sudo docker rm -f hovle || true # what ended before; there may be none
-      # privileged and host network: the TPU's device files, the metadata server, other hosts
-      run sudo docker run --detach --name hovle --privileged --net=host --shm-size=16g \
+      # privileged and host network: the TPU's device files, the metadata server, other hosts;
+      # shared memory: two batches of each data worker, and the index
+      run sudo docker run --detach --name hovle --privileged --net=host --shm-size=64g \
         --env-file="$3" --env-file="$4" -v /bucket:/bucket "$2" "${@:5}"
     fi
     ;;

@@ -2,8 +2,9 @@
 # Stages I, II and III, one after the other; the same command again goes on where it stopped.
 #   bash launch/stages.sh [--dry-run] [--retries N] [--config.KEY=VALUE ...]
 # Settings, from the environment or from the files named by SETTINGS (launch/example.env says
-# what each is): RUNS TOKENIZER LLM TEACHER IMAGES ALIGN INSTRUCT; optional: MODEL, ARGS1, ARGS2, ARGS3,
-# TEXT (stage I: text in place of random tokens), STAGES ("1 2 3"), CONFIGS (their directory),
+# what each is): RUNS TOKENIZER LLM TEACHER IMAGES ALIGN INSTRUCT; optional: MODEL, INDEX, ARGS1, ARGS2, ARGS3,
+# TEXT (stage I: text in place of random tokens), CONFIGS (their directory), STAGES ("1 2 3"; one
+# of your own by its config, "1 2 2_late 3" for CONFIGS/stage2_late.py with ARGS2_late),
 # CONNECT (--coordinator HOST:PORT --processes N --process I, where hosts do not find each other).
 # A stage that ended with status 75 has saved a checkpoint and is run again, up to N times (100).
 # SIGTERM is passed on, and this script then ends with 75, too. Other statuses are the stage's own.
@@ -22,6 +23,10 @@ while [ $# -gt 0 ]; do
 done
 for file in ${SETTINGS:-}; do load "$file"; done
 need RUNS TOKENIZER
+if [ -n "${INDEX:-}" ]; then # lengths are looked up at random, which no mounted bucket is made for
+  run cp -rT "$INDEX" /dev/shm/hovle-index
+  overrides+=(--config.data.index=/dev/shm/hovle-index)
+fi
 read -ra connect <<<"${CONNECT:-}"
 
 stopped='' child=''
@@ -72,6 +77,7 @@ train() { # STAGE CONFIG ARGUMENT...: one stage, unless the same command has fin
 }
 
 [ -n "$DRY_RUN" ] || mkdir -p "$RUNS"
+previous=''
 for stage in ${STAGES:-1 2 3}; do
   case $stage in
     1)
@@ -88,8 +94,14 @@ for stage in ${STAGES:-1 2 3}; do
       ;;
     3)
       need INSTRUCT
-      train 3 stage3_instruct "--config.data.meta=$INSTRUCT" "--config.init.previous=$RUNS/stage2"
+      train 3 stage3_instruct "--config.data.meta=$INSTRUCT" \
+        "--config.init.previous=$RUNS/stage${previous:-2}"
       ;;
-    *) fail "STAGES: no stage $stage" ;;
+    *)
+      [ -f "${CONFIGS:-configs}/stage$stage.py" ] || fail "STAGES: no ${CONFIGS:-configs}/stage$stage.py"
+      [ -n "$previous" ] || fail "STAGES: name the stage before $stage, too"
+      train "$stage" "stage$stage" "--config.init.previous=$RUNS/stage$previous"
+      ;;
   esac
+  previous=$stage
 done

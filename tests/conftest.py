@@ -62,7 +62,11 @@ class World:
 
     def config(self, stage: str, **changes: object) -> RunConfig:
         """A run of `stage`; keyword arguments replace fields, dotted ones with '__'."""
-        paths = {"meta": str(self.root / "meta.json"), "images": (str(self.root / "images"),)}
+        paths = (
+            {"images": (str(self.root / "images"),)}
+            if stage == "distill"
+            else {"meta": str(self.root / "meta.json")}
+        )
         config = RunConfig(
             stage=stage,
             steps=6,

@@ -52,7 +52,7 @@ def rows_of(release: Path) -> list[dict]:
         {"id": "b", "question": "what is it", "image": "image.png"},
         {"messages": [{"role": "user", "content": parts}]},
         {"id": 3, "conversations": told, "image": ["image.png"]},
-        {"prompt": "two", "images": ["image.png", "image.png"], "max_new_tokens": 2},
+        {"prompt": "two", "images": ["image.png", "image.png"], "max_tokens": 2, "source": "x"},
         {"prompt": "a b", "temperature": 5.0, "seed": 3},
     ]
 
@@ -94,6 +94,10 @@ BAD = [
     ('{"messages": [{"role": "tool", "content": "x"}]}', "unknown role 'tool'"),
     ('{"prompt": "q", "max_new_tokens": 0}', "at least one new token"),
     ('{"prompt": "q", "max_new_tokens": 5000}', "more than the context of 1024"),
+    ('{"prompt": "q", "max_tokens": 3, "max_new_tokens": 4}', "max_tokens differ; give one"),
+    ('{"prompt": "q", "max_new_token": 3}', "did you mean 'max_new_tokens'?"),
+    ('{"prompt": "q", "temprature": 1}', "'temprature': did you mean 'temperature'?"),
+    ('{"prompt": "q", "Top-P": 0.5}', "'Top-P': did you mean 'top_p'?"),
     ('{"prompt": "q", "temperature": -1}', "temperature must be between 0 and 100"),
     ('{"prompt": "q", "top_k": 1.5}', "top_k must be an integer"),
     ('{"prompt": "q", "stop": [""]}', "stop must be a string or a list"),

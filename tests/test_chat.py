@@ -131,7 +131,7 @@ def test_special_tokens_in_text_stay_text():
 def test_system_precedence():
     def system_of(turns, template, system=None):
         ids = encode_prompt(turns, [], TOY, template, tokens_per_tile=4, system=system).tolist()
-        rest = encode_prompt(turns, [], TOY, template, tokens_per_tile=4, system="").tolist()
+        rest = encode_prompt(turns[-1:], [], TOY, template, tokens_per_tile=4, system="").tolist()
         assert ids[-len(rest) + 1 :] == rest[1:]
         return ids[1 : len(ids) - len(rest) + 1]
 
@@ -141,9 +141,10 @@ def test_system_precedence():
     user = Turn("user", "q")
     assert system_of([user], PLAIN) == []
     assert system_of([user], INTERNLM2) == expected(INTERNLM2.system_message)
-    assert system_of([Turn("system", "own"), user], INTERNLM2) == expected("own")
-    assert system_of([Turn("system", "own"), user], INTERNLM2, "other") == expected("other")
-    assert system_of([Turn("system", ""), user], INTERNLM2) == []
+    assert system_of([user], INTERNLM2, "other") == expected("other")
+    for setting in (None, "other", ""):
+        assert system_of([Turn("system", "own"), user], INTERNLM2, setting) == expected("own")
+        assert system_of([Turn("system", ""), user], INTERNLM2, setting) == []
 
 
 def test_prompt_is_not_stripped():

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import hovle_jax
 from hovle_jax import checkpoint, model
 from hovle_jax.cli.main import main
-from hovle_jax.config import DataConfig, LayersConfig, ModelConfig, TeacherConfig
+from hovle_jax.config import DataConfig, InitConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.hf import config_json, live, names, shards
 from hovle_jax.hf.directory import new_directory
@@ -25,7 +25,7 @@ from hovle_jax.hf.export import export
 from hovle_jax.hf.importer import import_directory
 from hovle_jax.hf.reader import open_directory
 from hovle_jax.hf.writer import ExportOptions, parse_size
-from hovle_jax.initialize import initial_params, teacher_params
+from hovle_jax.initialize import check_order, initial_params, teacher_params
 from hovle_jax.nn import teacher
 from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import get_stage
@@ -179,6 +179,32 @@ def test_stages_start_from_hugging_face_directories(world, tmp_path):
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=wrong))
     with pytest.raises(UserError, match="config.model.decoder.rope_theta is 10000.0, but"):
         initial_params(run, stage, mesh)
+
+
+def test_stages_go_on_from_a_released_model(world, tmp_path):
+    """Stage III from all of it, imported; stage I from its LLM, which is a part of it."""
+    native = str(tmp_path / "native")
+    import_directory(A_PRE, native)
+    config, params = hovle_jax.load(native)
+    released = flatten(params)
+
+    def start(name: str, **init: object) -> dict:
+        sizes = {"model": config, "teacher__out_size": config.hidden_size}
+        run = world.config(name, init=InitConfig(**init), **sizes)
+        stage = get_stage(name)
+        check_order(run, stage)
+        return flatten(initial_params(run, stage, make_mesh(run.mesh, jax.devices()[:1])))
+
+    with pytest.raises(UserError, match="scratch=True"):
+        start("instruct", previous=native)
+    found = start("instruct", previous=native, scratch=True)
+    assert found.keys() == released.keys()
+    for path, x in found.items():
+        np.testing.assert_array_equal(x, released[path])
+    distil, table = start("distill", llm=str(A_PRE)), "embedding/text/table"
+    np.testing.assert_array_equal(distil[table], released[table])
+    layer = "embedding/layers/mlp/up/kernel"
+    assert np.any(distil[layer] != released[layer]), "the module begins anew"
 
 
 def test_config_survives(tmp_path):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.mixture import Phase, Stream
 from hovle_jax.data.pack import Plan, assemble, best_fit
 from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.samples import Length, Sample
+from hovle_jax.data.samples import Length, Sample, check_tokenizer
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.stages import get_stage
@@ -324,6 +325,31 @@ def test_augmentation_is_a_function_of_the_draw(world, tmp_path):
     first, second = (source.sample(0, draw).tiles for draw in (0, 1))
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(first, source.sample(0, 0).tiles)
+
+
+def test_data_that_a_stage_does_not_read_is_refused(world, tmp_path):
+    folder, meta = str(world.root / "images"), str(world.root / "meta.json")
+    for stage, key, value in (
+        ("distill", "meta", meta),
+        ("align", "images", (folder,)),
+        ("instruct", "text", "no.txt"),
+    ):
+        with pytest.raises(UserError, match=f"config.data.{key}: stage '{stage}' does not read it"):
+            make(world, stage, **{f"data__{key}": value})
+    rows = map(json.loads, (world.root / "meta.jsonl").read_text().splitlines())
+    pictures = str(write_meta(world.root, [next(rows)] * 4, "pictures.json"))
+    assert make(world, "distill", data__meta=pictures, data__images=()).names == ["colours"]
+
+
+def test_the_tokenizer_begins_and_ends_as_the_model_does(world):
+    for key in ("bos_id", "eos_id"):
+        with pytest.raises(UserError, match=f"config.model.{key} is 7 but the tokenizer's is"):
+            make(world, "instruct", **{f"model__{key}": 7})
+    tokenizer = Tokenizer.load(world.root / "tokenizer")
+    tokenizer._sp = types.SimpleNamespace(bos_id=lambda: -1, GetPieceSize=lambda: 9)
+    tokenizer.special_ids = frozenset({1})
+    with pytest.raises(UserError, match="the tokenizer has no bos_id, which config.model gives"):
+        check_tokenizer(tokenizer, world.model)
 
 
 def test_converted_data_gives_the_same_batches(world, tmp_path):

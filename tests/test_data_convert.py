@@ -72,6 +72,31 @@ def test_shards_manifest_and_parts(tmp_path):
         array_record.ArrayRecordSource("c", str(tmp_path / "out"), part="c")
 
 
+def test_parts_keep_their_limits_and_how_often_they_come(tmp_path):
+    """One entry for parts that differ would give all of them the run's own limit, once."""
+    few, many = Rows("few", 4), Rows("many", 9)
+    few.max_tiles, out = 1, tmp_path / "out"
+    run([few, many], out, config={"repeat_time": {"few": 3.0, "many": 0.5}})
+
+    def opened(**entry):
+        (tmp_path / "meta.json").write_text(json.dumps({"x": entry}))
+        (found,) = sources.open_meta(str(tmp_path / "meta.json"))
+        return len(found.source), found.source.max_tiles, found.repeat
+
+    with pytest.raises(UserError, match=r"out: its parts have different tile limits .*out#few,"):
+        opened(annotation="out")
+    with pytest.raises(UserError, match="parts few, many have different repeat_time"):
+        opened(annotation="out", max_dynamic_patch=2)
+    assert opened(annotation="out", max_dynamic_patch=2, repeat_time=1) == (13, 2, 1)
+    assert opened(annotation="out#few") == (4, 1, 3)
+    assert opened(annotation="out#many") == (9, 3, 0.5)
+    assert opened(annotation="out#many", max_dynamic_patch=2, repeat_time=2) == (9, 2, 2)
+    with pytest.raises(UserError, match="no part 'x'; there are few, many"):
+        opened(annotation="out#x")
+    images = sources.open_source(f"{out}#few")
+    assert (images.name, len(images)) == ("few", 4)
+
+
 def test_again_gives_the_same_bytes(tmp_path):
     bad = {3: UserError("rows:4: is bad")}
     for out in ("one", "two"):

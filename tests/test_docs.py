@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from hovle_jax.cli import plan
 from hovle_jax.cli.main import _parser, load_config
 from hovle_jax.config import RunConfig
+from hovle_jax.tpu import aot, chips
+from hovle_jax.tpu.cost import Cost
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -80,7 +84,7 @@ def commands(code: str) -> Iterator[list[str]]:
     lines = re.sub(r"\\\n", " ", code).splitlines()
     for line in lines:
         if re.match(r" *(hovle|bash|pip|source|mkdocs|[A-Z]+=\S+ hovle) ", line):
-            words = shlex.split(line, comments=True)
+            words = shlex.split(re.sub(r"\s#.*", "", line))  # a # in a word begins no comment
             yield [w for w in words if w != "&&"]
 
 
@@ -126,9 +130,9 @@ def test_commands_parse(page):
         for spec in re.findall(r"--config[= ](configs/\S+?\.py)", " ".join(words)):
             mine = spec.endswith("deeper.py")  # the quick start writes it
             assert mine or (ROOT / spec).exists(), f"{name(page)}: {spec}"
-        whole = page in RUN and "..." not in command and command[0] == "hovle"
-        if whole and command in [c for code, _ in blocks(page) for c in commands(code)]:
-            _parser().parse_known_args(command[1:])  # exits if an argument is missing
+    for command in (c for code, _ in blocks(page) for c in commands(code) if c[0] == "hovle"):
+        if "..." not in command:  # exits if an argument is missing; N, K and I stand for numbers
+            _parser().parse_known_args([re.sub(r"(^|=)[NKI]$", r"\g<1>1", w) for w in command[1:]])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -256,6 +260,19 @@ def test_costs_follow_from_configs_and_plans():
         total += hours
     expected = [total, total / 256, total * scale["v5p"], total * scale["v6e"]]
     assert [number(c) for c in table["all"][2:]] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("stage, which", [("1_distill", 1), ("2_align", 2), ("3_instruct", 2)])
+def test_a_plan_counts_host_cores_as_they_were_measured(stage, which):
+    page = (DOCS / "performance.md").read_text()
+    rates = re.search(r"core delivered (\d+) tiles/s of stage I and (\d+) of stages II", page)
+    assert rates
+    config = load_config(str(ROOT / f"configs/stage{stage}.py:hovle_2b"))
+    step = aot.Plan(aot.Memory(0.0, 0.0, 0.0, 1.0), 1.0, Cost(2.0, 0.0, 0.0, (), (), 0.0))
+    target = aot.Topology("v5e:1x1", chips.CHIPS["v5e"], 1, (None,))
+    tiles = config.data.rows * config.data.tiles / 2.0
+    cores = plan.report(config, target, step)["host_cores"]
+    assert cores == math.ceil(tiles / int(rates[which]))
 
 
 def test_parameters_of_the_model_page():

@@ -258,6 +258,25 @@ def test_every_task_is_complete():
 # Intervals
 
 
+def test_a_part_of_a_benchmark_is_of_whole_questions():
+    """Half of a question's rotations, or of a set of figures, would be scored as all of it."""
+
+    def first(task: str, ids: list[str], most: int) -> list[str]:
+        found = [Example(i, {"l2-category": "x"}, ("a.png",), f"f:{n}") for n, i in enumerate(ids)]
+        return [example.id for example in TASKS[task].first(found, most)]
+
+    rotations = [str(q + 1_000_000 * n) for n in range(3) for q in range(4)]
+    chosen = first("mmbench_en", rotations, 2)
+    assert chosen == ["0", "1", "1000000", "1000001", "2000000", "2000001"]
+    sets = [f"VD_chart_0_{s}_{figure}_{q}" for figure in "01" for s in "012" for q in "01"]
+    assert first("hallusionbench", sets, 1) == [i for i in sets if i.startswith("VD_chart_0_0_")]
+    assert first("docvqa", ["0", "0", "1"], 2) == ["0", "0"]
+    for task in ("mme", "ocrbench", "chartqa"):
+        assert first(task, ["0", "1"], 2) == ["0", "1"]
+        with pytest.raises(UserError, match="is scored as a whole, not on 1 of 2 questions; raise"):
+            first(task, ["0", "1"], 1)
+
+
 def rows_of(scores: list[float], images: int = 1) -> list[Scored]:
     def row(i: int) -> Example:
         return Example(str(i), {"answer": ""}, (str(i // images),), "f")

@@ -13,9 +13,11 @@ from safetensors.numpy import load_file, save_file
 import hovle_jax
 from hovle_jax import checkpoint
 from hovle_jax.config import DataConfig, LayersConfig, ModelConfig
+from hovle_jax.data.chat import TEMPLATES
 from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START
 from hovle_jax.errors import UserError
 from hovle_jax.hf import config_json, configs
+from hovle_jax.hf.chat_template import chat_template
 from hovle_jax.hf.export import export
 from hovle_jax.hf.importer import import_directory
 from hovle_jax.hf.reader import open_directory
@@ -337,6 +339,30 @@ def test_assets_of_another_model(tmp_path, one_line_error):
     (assets / "tokenizer.json").write_text(json.dumps(FILES["tokenizer.json"](ids)))
     assert f"{IM_END} is 297 in the tokenizer's files, but 298" in one_line_error(argv)
     assert [p.name for p in tmp_path.iterdir()] == ["assets"]
+
+
+def test_an_export_has_the_template_it_was_trained_with(tmp_path):
+    """Not that of the LLM whose tokenizer files it takes."""
+    assets, ids = tmp_path / "assets", TOKENS | {IM_END: 298}
+    assets.mkdir()
+    (assets / "tokenizer.json").write_text(json.dumps(FILES["tokenizer.json"](ids)))
+    (assets / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x", "y": 1}))
+    (assets / "chat_template.jinja").write_text("of the LLM")
+    (assets / "chat_template.json").write_text('{"chat_template": "of the LLM"}')
+    expected = chat_template(
+        TEMPLATES["internlm2-chat"], open_directory(A_PRE).data.system, bos=True
+    )
+    for out, given, count in (
+        (tmp_path / "one", assets, 3),
+        (tmp_path / "two", tmp_path / "one", 0),
+    ):
+        remarks = export(A_PRE, out, ExportOptions(assets=str(given)))
+        told = [r for r in remarks if r.startswith(f"{given}: another chat template in ")]
+        assert len(told) == count and all("'internlm2-chat' takes its place" in r for r in told)
+        assert (out / "chat_template.jinja").read_text() == expected
+        assert not (out / "chat_template.json").exists()
+        body = json.loads((out / "tokenizer_config.json").read_text())
+        assert body == {"chat_template": expected, "y": 1}
 
 
 @pytest.mark.parametrize("differs", [True, False])

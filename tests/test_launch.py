@@ -112,6 +112,16 @@ def test_dockerfile_is_clean():
     lint("hadolint", "launch/Dockerfile")
 
 
+def test_the_image_has_all_that_configs_name():
+    """configs/stage2_late.py's stage is a file of examples/."""
+    copied = re.findall(r"^COPY (\w+) \1$", (LAUNCH / "Dockerfile").read_text(), flags=re.M)
+    kept = re.findall(r"^!(\w+)$", (LAUNCH / "Dockerfile.dockerignore").read_text(), flags=re.M)
+    assert copied == [name for name in kept if name != "LICENSE"]
+    for path in (ROOT / "configs").glob("stage*.py"):
+        plugins = cli.load_config(str(path)).model.plugins
+        assert {Path(p).relative_to(ROOT).parts[0] for p in plugins} <= {*copied}
+
+
 def test_files_are_short_and_in_the_readme():
     readme = (LAUNCH / "README.md").read_text()
     for path in [p for p in LAUNCH.iterdir() if p.is_file() and p.name != "README.md"]:
@@ -202,6 +212,21 @@ def test_stages_go_on_where_they_stopped(tools, settings, tmp_path):
     assert len(fake.calls) == 6 and "--config.steps=9000" in fake.calls[5]
 
 
+def test_a_stage_of_ones_own_between_two_others(tools, settings, tmp_path):
+    more = {"STAGES": "2 2_late 3", "ARGS2_late": "--config.data.meta=/bucket/late.json"}
+    env = stages_env(settings, tmp_path, **more)
+    fake = tools("hovle")
+    assert fake.run("stages.sh", **env).returncode == 0
+    _, late, last = fake.calls
+    assert "--config=configs/stage2_late.py:tiny" in late
+    assert "--config.data.meta=/bucket/late.json" in late
+    assert f"--config.init.previous={tmp_path}/runs/stage2" in late
+    assert f"--config.init.previous={tmp_path}/runs/stage2_late" in last
+    assert "no configs/stage4.py" in fake.run("stages.sh", **env | {"STAGES": "4"}).stderr
+    alone = fake.run("stages.sh", **env | {"STAGES": "2_late"})
+    assert alone.returncode != 0 and "name the stage before" in alone.stderr
+
+
 def test_stages_stop_where_one_fails(tools, settings, tmp_path):
     fake = tools("hovle")
     env = stages_env(settings, tmp_path, ON_hovle="case $(wc -l <$CALLS) in 2) exit 1 ;; esac")
@@ -247,6 +272,29 @@ def test_stages_are_commands_that_hovle_train_takes(tools, settings):
         assert config.data.tokenizer == "/bucket/tokenizer"
     first = cli.load_config("configs/stage1_distill.py:tiny", commands[0][4:])
     assert first.data.images == ("/bucket/a", "/bucket/b") and first.init.llm == "/bucket/llm"
+
+
+def test_stages_read_a_copy_of_the_index_in_memory(tools, settings, tmp_path):
+    fake = tools("hovle", "cp")
+    env = stages_env(settings, tmp_path, INDEX="/bucket/index")
+    assert fake.run("stages.sh", **env).returncode == 0
+    copied, *stages = fake.calls
+    assert copied == ["cp", "-rT", "/bucket/index", "/dev/shm/hovle-index"] and len(stages) == 3
+    for call in stages:
+        assert "--config.data.index=/dev/shm/hovle-index" in call
+
+
+def test_the_example_settings_fit_the_slice_they_name(tools):
+    """The recipe's rows, one at a time on each of 16 chips."""
+    done = tools().run("stages.sh", "--dry-run", SETTINGS="launch/example.env")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        args, overrides = cli._parser().parse_known_args(shlex.split(line)[1:])
+        config = cli.load_config(args.config, overrides)
+        recipe = cli.load_config(args.config)
+        assert config.data.rows == recipe.data.rows == 16 * config.optim.accumulate
+        assert config.data.workers > 0
 
 
 # --- TPU VMs

@@ -333,6 +333,15 @@ def test_a_prompt_read_before_gives_the_same_answer():
         ({"mask": "bidirectonal"}, "did you mean 'bidirectional'"),
         ({"positions": "4d"}, "positions of model.embedding or model.decoder: '4d' is not one of"),
         ({"mask": "prefix", "layer_types": ("linear_attention",)}, "can see later tokens"),
+        *(
+            (
+                {key: value, "layer_types": ("linear_attention",)},
+                f"model.embedding.{key}={value!r}: no layer of layer_types .* has a use for it",
+            )
+            for key, value in (
+                *(("positions", "2d"), ("qk_norm", True), ("qkv_bias", True), ("out_bias", True)),
+            )
+        ),
     ],
 )
 def test_stacks_that_cannot_be(stack, message):

@@ -1,4 +1,4 @@
-"""Parameter names, shapes and counts, against the released checkpoint's table (spec 1.2)."""
+"""Parameter names, shapes and counts, against the released checkpoint's table."""
 
 import dataclasses
 import functools
@@ -264,7 +264,7 @@ def rows_by_name(rows: list[names.Row]) -> dict[str, names.Row]:
 
 
 def test_wqkv_is_grouped_per_kv_head():
-    """Per kv head: its query heads, its key, its value (spec 1.3). 2 kv heads, 3 queries each."""
+    """Per kv head: its query heads, its key, its value. 2 kv heads, 3 queries each."""
     rows = rows_by_name(names.hovle(MODELS["biases"]))
     weight = random_tensor(np.random.default_rng(1), (2 * 5 * 4, 24))
     attention = "language_model.model.layers.{i}.attention"

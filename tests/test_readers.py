@@ -153,6 +153,10 @@ def test_text_lines(tmp_path):
     assert source[0] == "x\ny"
     with pytest.raises(UserError, match=r"a\.jsonl:2: no string under 'text'"):
         source[1]
+    for name in ("a.json", "a.md", "a.txt.gz", "a"):  # markup and bytes are no text to train on
+        (tmp_path / name).write_text('[{"text": "x"}]\n')
+        with pytest.raises(UserError, match=f"{name}: text is a .txt of a document per line, or a"):
+            readers.TextLines(str(tmp_path / name))
 
 
 @pytest.fixture

@@ -411,8 +411,7 @@ def prompt_of(
 ) -> str:
     """The string that `data.chat` encodes piece by piece."""
     if turns and turns[0].role == "system":
-        system = turns[0].text if system is None else system
-        turns = turns[1:]
+        system, turns = turns[0].text, turns[1:]
     system = template.system_message if system is None else system
     text = template.system_prefix + system + template.separator if system else ""
     for turn in turns:

@@ -15,14 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-from hovle_jax import train_step
-from hovle_jax.checkpoint import cursor_before, load, open_stored
+from hovle_jax import model, train_step
+from hovle_jax.checkpoint import cursor_before, load, open_stored, save_model
 from hovle_jax.config import to_dict
 from hovle_jax.data import inspect
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.errors import UserError
+from hovle_jax.initialize import initial_params
 from hovle_jax.run.checkpoints import Checkpoints
 from hovle_jax.run.metrics import read_metrics
+from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import get_stage
 from hovle_jax.train import train as train_on
 from hovle_jax.tree import flatten
@@ -53,6 +56,13 @@ def test_stage_1_moves_the_embedding_and_not_its_targets(world, stages):
     llm, after = params_of(world.root / "llm"), params_of(stages / "distill")
     assert not any(k.startswith("decoder/") for k in after), "stage I needs no LLM"
     table = "embedding/text/table"
+    other = model.init(jax.random.key(1), world.model)
+    save_model(stages / "llm", world.model, other)
+    config = world.config(
+        "align", init__previous=str(stages / "distill"), init__llm=str(stages / "llm")
+    )
+    with pytest.raises(UserError, match="has another text table than the LLM that"):
+        initial_params(config, get_stage("align"), make_mesh(config.mesh, jax.devices()[:1]))
     np.testing.assert_array_equal(after[table], llm[table])
     rows = read_metrics(stages / "distill" / "metrics.jsonl")
     assert rows[-1]["loss/image"] < rows[0]["loss/image"]

@@ -135,8 +135,8 @@ def bench_config(root: Path, stage: str, *, unpaired: bool, model: ModelConfig) 
         img_context_id=tokenizer.id_of(IMG_CONTEXT),
     )
     data = DataConfig(
-        meta=str(root / "meta.json"),
-        images=(str(root / "images"),),
+        meta="" if unpaired else str(root / "meta.json"),
+        images=(str(root / "images"),) if unpaired else (),
         tokenizer=str(root / "tokenizer"),
         system="",
         rows=4,

@@ -16,7 +16,8 @@ from hovle_jax.cli.common import UsageError, load_config, no_more
 from hovle_jax.errors import UserError
 from hovle_jax.output import write_json, writing
 
-TILES_PER_CORE_SECOND = 290.0  # JPEG of 640 x 480 to one tile, one core, Pillow
+# What a core delivered to a stage that reads such data (docs/performance.md, 'Cores a host needs').
+TILES_PER_CORE_SECOND = {"unpaired": 59.0, "conversations": 189.0}
 DISK_BYTES_PER_SECOND = 1e9  # a host's share of a bucket: an assumption
 CHIPS_PER_HOST = 4
 
@@ -102,6 +103,7 @@ def add_plan(add: Callable[..., Any]) -> None:
 
 def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
     """The JSON object: seconds, bytes and FLOPs of one step, per chip unless it says otherwise."""
+    from hovle_jax.stages import get_stage
     from hovle_jax.tpu import aot
 
     per_chip = target.chip.devices_per_chip
@@ -133,6 +135,7 @@ def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
     cost, seconds = plan.cost, plan.cost.step_seconds
     peak = target.chip.peak_flops
     tiles = config.data.rows * config.data.tiles
+    rate = TILES_PER_CORE_SECOND[get_stage(config.stage).data]
     body |= {
         "hardware_flops_per_chip": (cost.matrix_flops + cost.kernel_flops) * per_chip,
         "pallas_flops_per_chip": cost.kernel_flops * per_chip,
@@ -151,7 +154,7 @@ def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
         "tiles_per_chip_second": tiles / seconds / num_chips,
         "days": config.steps * seconds / 86400,
         "chip_hours": config.steps * seconds / 3600 * num_chips,
-        "host_cores": math.ceil(tiles / seconds / TILES_PER_CORE_SECOND),
+        "host_cores": math.ceil(tiles / seconds / rate),
         "collectives": _collectives(cost),
         "compile_seconds": plan.compile_seconds,
         "fingerprint": plan.fingerprint,
@@ -241,7 +244,7 @@ def table(body: dict[str, Any]) -> str:
         f"  throughput          {body['tokens_per_chip_second']:,.0f} tokens and "
         f"{body['tiles_per_chip_second']:.1f} tiles per chip and second",
         f"  the whole stage     {body['days']:.1f} days, {body['chip_hours']:,.0f} chip-hours",
-        f"  data                {body['host_cores']} host cores to decode and resize",
+        f"  data                {body['host_cores']} cores of all hosts decode and resize",
         f"  compiled in {body['compile_seconds']:.0f} s, fingerprint {body['fingerprint']}",
     ]
     return "\n".join(lines)

@@ -73,8 +73,10 @@ class ArrayRecordSource:
         """Counts the records, in a converted directory from its manifest alone.
 
         `part` is the source in the directory to read, None for all of them in order; `max_tiles`
-        is the manifest's unless given. UserError if a shard is unreadable, or nothing is there.
+        is the manifest's unless given. UserError if a shard is unreadable, nothing is there, or
+        parts have different limits and none is given.
         """
+        self.repeats: dict[str, float] = {}  # by part, where it was converted with one
         self.name, self.max_tiles, self._images_only = name, max_tiles, images_only
         manifest = read_manifest(path)
         if manifest is None:
@@ -87,8 +89,15 @@ class ArrayRecordSource:
             if part is not None and part not in parts:
                 raise UserError(f"{path}: no part {part!r}; there are {', '.join(parts)}")
             chosen = list(parts.values()) if part is None else [parts[part]]
-            if max_tiles is None and len({p["max_tiles"] for p in chosen}) == 1:
-                self.max_tiles = chosen[0]["max_tiles"]
+            limits = {p["max_tiles"] for p in chosen}
+            if max_tiles is None and len(limits) > 1:
+                raise UserError(
+                    f"{path}: its parts have different tile limits (max_dynamic_patch); name each "
+                    f"by itself, as {path}#{next(iter(parts))}, or give one for all"
+                )
+            self.max_tiles = limits.pop() if max_tiles is None and limits else max_tiles
+            repeats = manifest["config"].get("repeat_time", {})
+            self.repeats = {n: repeats.get(n, 1) for n in (parts if part is None else [part])}
             shards = [shard for p in chosen for shard in p["shards"]]
             self._paths = [os.path.join(path, shard["file"]) for shard in shards]
             counts = [shard["records"] for shard in shards]

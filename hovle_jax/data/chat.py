@@ -100,8 +100,8 @@ def encode_conversation(
       tokenizer: The tokenizer.
       template: The chat template.
       tokens_per_tile: Image tokens of a tile.
-      system: None for the conversation's own system turn, or else the template's default; a text
-        to override both; '' for no system turn.
+      system: In place of the template's default; '' for none. A system turn of the conversation's
+        own comes first.
 
     Returns:
       `Encoded`, which starts with BOS.
@@ -196,8 +196,7 @@ def _encode(
             "images; they must match one to one"
         )
     if turns and turns[0].role == "system":
-        system = turns[0].text if system is None else system
-        turns = turns[1:]
+        system, turns = turns[0].text, turns[1:]
     if any(turn.role == "system" for turn in turns):
         raise UserError("only the first turn may be a system turn")
     builder = _Builder(tokenizer)

@@ -115,7 +115,7 @@ class _Measured(NamedTuple):
     cut: list[str]  # what was left out of records longer than a row
 
 
-_VERSION = 2  # of the files and of what is measured
+_VERSION = 3  # of the files and of what is measured
 _LISTS = ("rejects", "cut")
 _CHUNK = 4096  # records a worker measures at a time
 

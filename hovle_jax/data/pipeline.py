@@ -55,6 +55,7 @@ def open_sources(
     data, model = config.data, config.model
     check_tokenizer(tokenizer, model)
     unpaired = kind == "unpaired"
+    _check_keys(config, unpaired)
     if unpaired and data.images:
         entries = [open_images(path) for path in data.images]
     elif data.meta:
@@ -83,6 +84,18 @@ def _check_unpaired(config: RunConfig, entries: Sequence[MetaEntry]) -> None:
             raise UserError(
                 f"{config.data.meta}: {entry.name!r}: data_augment: stage {config.stage!r} takes "
                 "images as they are; leave it out of its meta file"
+            )
+
+
+def _check_keys(config: RunConfig, unpaired: bool) -> None:
+    """Refuses data that the stage would not look at."""
+    data = config.data
+    unread = ("meta",) if unpaired and data.images else () if unpaired else ("images", "text")
+    for key in unread:
+        if getattr(data, key):
+            beside = " beside config.data.images" if unpaired else ""
+            raise UserError(
+                f"config.data.{key}: stage {config.stage!r} does not read it{beside}; leave it out"
             )
 
 

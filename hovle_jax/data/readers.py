@@ -144,9 +144,12 @@ class TextLines:
     """Plain text: the non-blank lines of a file, or 'text' of the rows of a .jsonl file."""
 
     def __init__(self, path: str):
-        """Indexes the file; UserError if it is missing or empty."""
+        """Indexes the file; UserError if it is missing, empty, or neither .txt nor .jsonl."""
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix not in (".txt", ".jsonl"):  # of others, markup would be read as text
+            raise UserError(f"{path}: text is a .txt of a document per line, or a .jsonl of 'text'")
         self._lines = _Lines(path)
-        self._is_json = path.endswith(".jsonl")
+        self._is_json = suffix == ".jsonl"
 
     def __len__(self) -> int:
         return len(self._lines)

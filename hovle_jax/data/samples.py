@@ -77,6 +77,15 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
             f"config.model.table_rows {model.text_rows} + special_tokens {model.special_tokens} "
             f"are fewer than the tokenizer's {tokenizer.vocab_size} ids"
         )
+    for key in ("bos_id", "eos_id"):
+        found, wanted = getattr(tokenizer, key), getattr(model, key)
+        if found < 0:
+            raise UserError(
+                f"the tokenizer has no {key}, which config.model gives as {wanted}; use a "
+                "SentencePiece model that has one"
+            )
+        if found != wanted:
+            raise UserError(f"config.model.{key} is {wanted} but the tokenizer's is {found}")
     for token, key in (
         (IMG_START, "img_start_id"),
         (IMG_END, "img_end_id"),
@@ -238,7 +247,7 @@ def _seed(seed: int, name: str) -> tuple[int, int]:
 
 class UnpairedImages:
     """Stage I: images of a record and unrelated text in one causal sequence, in random order
-    (spec 4.4). Turns of the record are not read.
+    (docs/design.md). Turns of the record are not read.
 
     The text is a run of `text_ratio` tokens per image token: uniformly random ordinary ids, a span
     of token shards from a random token on, or lines of a text file from a random line on.

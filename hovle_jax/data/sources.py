@@ -92,8 +92,9 @@ def open_source(
     """Opens whatever `path` is, by suffix and content.
 
     A .jsonl, a .json list, .tar, .parquet, .array_record, a glob or a directory of one of the last
-    three, a directory of images, 'tfds:NAME#SPLIT', or 'DIRECTORY#SPLIT' of a prepared TFDS data
-    set; local, or on gs:// and whatever else etils.epath knows.
+    three, 'DIRECTORY#PART' of a converted one, a directory of images, 'tfds:NAME#SPLIT', or
+    'DIRECTORY#SPLIT' of a prepared TFDS data set; local, or on gs:// and whatever else etils.epath
+    knows.
 
     Args:
       path: What to open.
@@ -107,9 +108,11 @@ def open_source(
     Raises:
       UserError: nothing is there or it has no known format, and whatever the source raises.
     """
-    name = name or default_name(path)
     suffix = os.path.splitext(path)[1].lower()
     base, _, split = path.partition("#")
+    if split and files.is_file(os.path.join(base, MANIFEST)):
+        return ArrayRecordSource(name or split, base, split, max_tiles, images_only=images_only)
+    name = name or default_name(path)
     if path.startswith("tfds:") or (
         suffix not in FORMATS and files.is_file(os.path.join(base, "dataset_info.json"))
     ):
@@ -232,7 +235,6 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
     if unknown := sorted(entry.keys() - _META_KEYS):
         raise UserError(f"{where}: unknown keys {unknown}; known are {sorted(_META_KEYS)}")
     augment = _flag(entry, "data_augment", where)
-    repeat = _positive(entry.get("repeat_time", 1), "repeat_time", where)
     weight = entry.get("weight")
     weight = None if weight is None else _positive(weight, "weight", where)
     max_tiles = entry.get("max_dynamic_patch")
@@ -251,6 +253,8 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
         source = open_source(
             annotation, name, root=root, max_tiles=max_tiles, images_only=images_only
         )
+    repeat = entry["repeat_time"] if "repeat_time" in entry else _repeat_of(source, where)
+    repeat = _positive(repeat, "repeat_time", where)
     state = (*_state(source, annotation), root)
     if repeat_mode == "internvl" and repeat < 1:
         count = int(len(source) * repeat)
@@ -260,6 +264,21 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
     elif repeat_mode == "internvl":
         repeat = float(int(repeat))
     return MetaEntry(name, source, repeat, weight, augment, state)
+
+
+def _repeat_of(source: Source, where: str) -> float:
+    """What a converted source was to be repeated.
+
+    Raises:
+      UserError: its parts differ, so that one entry cannot say it.
+    """
+    repeats = source.repeats if isinstance(source, ArrayRecordSource) else {}
+    if len(set(repeats.values())) > 1:
+        raise UserError(
+            f"{where}: its parts {', '.join(repeats)} have different repeat_time; give each an "
+            "entry of its own with 'annotation': 'DIRECTORY#PART', or this one a repeat_time"
+        )
+    return next(iter(repeats.values()), 1)
 
 
 def _flag(entry: dict[str, Any], key: str, where: str) -> bool:

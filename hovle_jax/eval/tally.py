@@ -125,8 +125,8 @@ def circular(rows: Sequence[Scored]) -> Tally:
     """MMBench: a question counts if the answers to all rotations of its options are right. Rows of
     one question share their index modulo a million."""
     units = []
-    for key, group in _units(rows, lambda example: (str(_index(example) % 1_000_000),)):
-        first = next((row for row in group if _index(row.example) == int(key[0])), None)
+    for key, group in _units(rows, rotated):
+        first = next((row for row in group if str(_index(row.example)) == key[0]), None)
         if first is None:
             raise UserError(f"{group[0].example.where}: rotates row {key[0]}, which is not there")
         right = float(all(row.score == 1 for row in group))
@@ -135,6 +135,11 @@ def circular(rows: Sequence[Scored]) -> Tally:
             unit |= {f"n {name}": 1.0, f"sum {name}": right}
         units.append(unit)
     return Tally(units, [""] * len(units), _means)
+
+
+def rotated(example: Example) -> tuple[str, ...]:
+    """The question, whose options other rows have in another order."""
+    return (str(_index(example) % 1_000_000),)
 
 
 def _index(example: Example) -> int:
@@ -191,12 +196,9 @@ def hallusion(rows: Sequence[Scored], by_category: bool) -> Tally:
     l2-category and different categories apart, others do."""
 
     def key(example: Example, part: int) -> tuple[str, ...]:
-        parts = example.id.split("_")
-        if len(parts) < 6:
-            raise UserError(f"{example.where}: index {example.id!r} is not HallusionBench's")
         category = (str(example.fields.get("category", "")),) if by_category else ()
-        own = (parts[part],) if part > 3 else ()
-        return (*category, str(example.fields.get("l2-category", "")), parts[3], *own)
+        own = (_numbers(example)[part],) if part > 3 else ()
+        return (*category, *figures(example), *own)
 
     units = []
     for _, group in _units(rows, functools.partial(key, part=3)):
@@ -212,6 +214,18 @@ def hallusion(rows: Sequence[Scored], by_category: bool) -> Tally:
         return {"mean": _sum(found.values()) / 3, **found}
 
     return Tally(units, [""] * len(units), values)
+
+
+def figures(example: Example) -> tuple[str, ...]:
+    """The set of figures with all questions about them."""
+    return str(example.fields.get("l2-category", "")), _numbers(example)[3]
+
+
+def _numbers(example: Example) -> list[str]:
+    parts = example.id.split("_")
+    if len(parts) < 6:
+        raise UserError(f"{example.where}: index {example.id!r} is not HallusionBench's")
+    return parts
 
 
 _HALLUSION = ("aAcc", "fAcc", "qAcc")

@@ -39,6 +39,7 @@ class Task:
       tally: Scores of questions to that of the benchmark, by dialect.
       keep: Which rows of the file count.
       upscale: The first image of a question is enlarged by this factor, by dialect.
+      unit: What rows share that only count together; None: the score is one of the whole file.
     """
 
     title: str
@@ -51,6 +52,23 @@ class Task:
     published: tuple[Published, ...] = ()
     keep: Callable[[Example], bool] = lambda example: True
     upscale: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unit: Callable[[Example], object] | None = lambda example: (example.where, example.id)
+
+    def first(self, examples: Sequence[Example], most: int) -> list[Example]:
+        """All rows of the first `most` questions, in the order of the file.
+
+        Raises:
+          UserError: there are more, and a part of them would have another kind of score.
+        """
+        if self.unit is None:
+            if len(examples) > most:
+                raise UserError(
+                    f"{self.title} is scored as a whole, not on {most} of {len(examples)} "
+                    "questions; raise config.eval_questions, or name a file of fewer"
+                )
+            return list(examples)
+        units = set(list(dict.fromkeys(map(self.unit, examples)))[:most])
+        return [example for example in examples if self.unit(example) in units]
 
     @property
     def dialects(self) -> tuple[str, ...]:
@@ -84,6 +102,7 @@ _circular = functools.partial(
     max_tiles=6,
     readings=readings.MMBENCH,
     tally=_any(tally.circular),
+    unit=tally.rotated,
 )
 _anls = functools.partial(
     Task,
@@ -112,6 +131,7 @@ TASKS: dict[str, Task] = {
         new_tokens=_tokens(20, 16),
         readings=readings.MME,
         tally=_any(tally.mme),
+        unit=None,
         published=(Published("HoVLE", 1433.5, MMMAMBA, metric="perception"),),
     ),
     "mmbench_en": _circular(
@@ -160,6 +180,7 @@ TASKS: dict[str, Task] = {
         new_tokens=_tokens(0, 128),
         readings=readings.HALLUSION,
         tally=_hallusion,
+        unit=tally.figures,
         published=(Published("HoVLE-HD", 38.4, NEO),),
     ),
     "ai2d": _choice(
@@ -198,6 +219,7 @@ TASKS: dict[str, Task] = {
         new_tokens=_tokens(100, 16),
         readings=readings.CHARTQA,
         tally=_any(tally.by_split),
+        unit=None,
         published=(Published("HoVLE-HD", 78.6, NEO),),
     ),
     "docvqa": _anls(
@@ -218,6 +240,7 @@ TASKS: dict[str, Task] = {
         new_tokens=_tokens(0, 128),
         readings=readings.OCRBENCH,
         tally=_any(tally.count),
+        unit=None,
         published=(Published("HoVLE-HD", 740, f"{NEO} (printed as 74.0)"),),
     ),
     "mmvet": _judged(

@@ -26,7 +26,13 @@ from hovle_jax.data.rows import load_json
 from hovle_jax.errors import UserError
 from hovle_jax.generation.chat import Assistant
 from hovle_jax.generation.engine import Engine
-from hovle_jax.generation.questions import number, question_of, sampling_of, stop_of
+from hovle_jax.generation.questions import (
+    check_keys,
+    length_of,
+    question_of,
+    sampling_of,
+    stop_of,
+)
 from hovle_jax.generation.sampling import MAX_SEED, Sampling
 from hovle_jax.generation.text_stream import TextStream
 
@@ -151,10 +157,8 @@ def _start(
         own = dataclasses.replace(
             settings.sampling, seed=(settings.sampling.seed + n) % (MAX_SEED + 1)
         )
-        limit = fields.get("max_new_tokens")
-        new = settings.max_new_tokens
-        if limit is not None:
-            new = number(limit, True, f"{where}: max_new_tokens")
+        check_keys(fields, where)
+        new = length_of(fields, settings.max_new_tokens, where)
         stop = stop_of(fields.get("stop"), where) or settings.stop
         row.text = TextStream(assistant.tokenizer, stop)
         question = question_of(fields, where, os.path.dirname(source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ PROMPT_KEYS = ("prompt", "question")
 TALK_KEYS = ("messages", "conversations")
 ANSWERS = ("assistant", "gpt")
 MAX_STOPS = 16
+LENGTH_KEYS = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # ours, and OpenAI's
+SETTINGS = (*LENGTH_KEYS, "stop", *(field.name for field in dataclasses.fields(Sampling)))
 
 
 def question_of(row: Mapping[str, Any], where: str, root: str = "") -> Question:
@@ -61,6 +64,28 @@ def sampling_of(fields: Mapping[str, Any], default: Sampling, where: str) -> Sam
         return dataclasses.replace(default, **changes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def check_keys(fields: Mapping[str, Any], where: str) -> None:
+    """Rows may have keys of their own, but one that is nearly a setting's was meant to be it.
+
+    Raises:
+      UserError: such a key; 'temprature' would leave the default without a word.
+    """
+    for key in fields.keys() - set(SETTINGS):
+        plain = key.lower().replace("-", "_")
+        close = difflib.get_close_matches(plain, SETTINGS, n=1, cutoff=0.85)
+        if close:
+            raise UserError(f"{where}: {key!r}: did you mean {close[0]!r}? Else rename it")
+
+
+def length_of(fields: Mapping[str, Any], default: int, where: str) -> int:
+    """Most tokens of the answer; UserError if two keys name different ones."""
+    given = [key for key in LENGTH_KEYS if fields.get(key) is not None]
+    found = {key: number(fields[key], True, f"{where}: {key}") for key in given}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(found)} differ; give one")
+    return next(iter(found.values()), default)
 
 
 def number(value: Any, whole: bool, where: str) -> Any:

@@ -12,7 +12,7 @@ from hovle_jax.data.records import IMAGE_PLACEHOLDER
 # loops stand where they are, and not in a macro, because vLLM looks for them to know that contents
 # may be lists.
 _TEMPLATE = """\
-BOS{%- if SYSTEM and not (OWN_SYSTEM and messages and messages[0]['role'] == 'system') -%}
+BOS{%- if SYSTEM and not (messages and messages[0]['role'] == 'system') -%}
   {{- SYSTEM_PREFIX ~ SYSTEM ~ SEPARATOR -}}
 {%- endif -%}
 {%- for message in messages -%}
@@ -46,7 +46,7 @@ BOS{%- if SYSTEM and not (OWN_SYSTEM and messages and messages[0]['role'] == 'sy
     {{- ASSISTANT_PREFIX ~ text ~ SEPARATOR -}}
   {%- elif message['role'] != 'system' or not loop.first -%}
     {{- raise_exception('no turn of the role ' ~ message['role'] ~ ' here') -}}
-  {%- elif OWN_SYSTEM and text -%}
+  {%- elif text -%}
     {{- SYSTEM_PREFIX ~ text ~ SEPARATOR -}}
   {%- endif -%}
 {%- endfor -%}
@@ -65,14 +65,12 @@ def chat_template(template: Template, system: str | None = None, *, bos: bool = 
 
     Args:
       template: The chat template.
-      system: As in `encode_prompt`: None for the conversation's own or else the template's
-        default; a text to override both; '' for none.
+      system: As in `encode_conversation`: in place of the template's default; '' for none.
       bos: Begin with the tokenizer's `bos_token`, for callers that encode rendered chats without
         special tokens (the tokenizer's own apply_chat_template, OpenAI-style servers). The
         processor adds it only where it is missing.
     """
     values = {
-        "OWN_SYSTEM": "true" if system is None else "false",
         "SYSTEM_PREFIX": _literal(template.system_prefix),
         "SYSTEM": _literal(template.system_message if system is None else system),
         "USER_PREFIX": _literal(template.user_prefix),

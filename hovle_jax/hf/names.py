@@ -57,7 +57,7 @@ def language_model(c: ModelConfig, body: str = "model", head: str = "") -> list[
 
 
 def hovle(c: ModelConfig) -> list[Row]:
-    """Every tensor of a released HoVLE checkpoint (spec 1.2).
+    """Every tensor of a released HoVLE checkpoint.
 
     Raises:
       UserError: parts that this format does not know.
@@ -145,7 +145,7 @@ TEACHER_NAMES_TRANSFORMERS = {
 
 
 def teacher(c: TeacherConfig, hf: dict[str, str] = TEACHER_NAMES, prefix: str = "") -> list[Row]:
-    """InternViT and mlp1 of an InternVL checkpoint (spec section 7), by the names of `hf`."""
+    """InternViT and mlp1 of an InternVL checkpoint, by the names of `hf`."""
     hf = {k: v if k in _IN_LAYER else prefix + v for k, v in hf.items()}
     e, n, heads, positions = c.hidden_size, c.num_layers, c.num_heads, c.grid**2 + 1
     size, wide = e // heads, c.shuffle**2 * e

@@ -224,6 +224,22 @@ def _write_json(path: Path, body: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
 
 
+def _write_template(out: Path, template: str, before: str, after: str) -> list[str]:
+    """The chat that the model was trained on, whatever the copied files of an LLM say; remarks."""
+    remarks = []
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if (out / name).is_file() and (out / name).read_text() != template:
+            remarks += [f"{before}another chat template in {name}:{after}"]
+        (out / name).unlink(missing_ok=True)
+    (out / "chat_template.jinja").write_text(template)
+    path = out / "tokenizer_config.json"
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    if raw.get("chat_template", template) != template:
+        _write_json(path, raw | {"chat_template": template})
+        remarks += [f"{before}another chat template in {path.name}:{after}"]
+    return remarks
+
+
 def _add_files(
     out: Path,
     assets: Path,
@@ -253,8 +269,7 @@ def _add_files(
                 files, remarks = {}, [f"no tokenizer.json beside tokenizer.model: {reason}"]
             for name, content in files.items():
                 (out / name).write_bytes(content)
-    if copied.isdisjoint(("chat_template.jinja", "chat_template.json")):
-        (out / "chat_template.jinja").write_text(template)
+    remarks += _write_template(out, template, f"{assets}: ", f" {data.template!r} takes its place")
     for name, body in config_json.processor_json(config, data).items():
         _write_json(out / name, body)
     for name in PROCESSOR_CODE:

@@ -46,7 +46,7 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str = "v2") -> jax.Array:
     """[..., g*g, C] -> [..., (g/f)^2, f*f*C]: each f x f block of places becomes one.
 
     Channels are ordered (row offset, column offset, channel). InternVL's 'v1' leaves the places in
-    column-major order (spec 1.5).
+    column-major order.
     """
     *lead, places, c = x.shape
     g = math.isqrt(places)

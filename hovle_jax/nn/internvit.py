@@ -1,7 +1,7 @@
 """InternViT, pixel shuffle and mlp1 into the LLM's input space: InternVL's vision half.
 
-The tensors and the arithmetic are InternVL2's (spec section 7): pre-norm layers with LayerScale and
-full attention, no final norm, class token dropped, then LayerNorm - linear - GELU - linear.
+The tensors and the arithmetic are InternVL2's: pre-norm layers with LayerScale and full
+attention, no final norm, class token dropped, then LayerNorm - linear - GELU - linear.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32, casts back, then multiplies by the weight (spec 1.3)."""
+    """Normalises in float32, casts back, then multiplies by the weight."""
 
     eps: float
 
@@ -132,7 +132,7 @@ def rope_tables(
 
     positions: [B, S], or [B, S, D/2] where frequencies have their own (`positions.py`).
     `lengths` int [B, S] is the length of the sequence each token belongs to; only dynamic NTK
-    scaling reads it, and only past `max_positions` (spec 1.4).
+    scaling reads it, and only past `max_positions`.
     """
     half = config.head_dim // 2
     exponent = jnp.arange(half, dtype=jnp.float32) / half
@@ -214,6 +214,7 @@ class Mixer(nn.Module):
     config: LayersConfig
     implementation: str  # of softmax attention
     masked: ClassVar[bool] = False  # sees the later tokens that `LayersConfig.mask` allows
+    ignores: ClassVar[tuple[str, ...]] = ()  # further settings of LayersConfig it has no use for
 
     def __call__(
         self, x: jax.Array, inputs: LayerInputs, cache: Cache | None
@@ -244,7 +245,7 @@ LAYER_TYPES: Registry[type[Mixer]] = Registry("model.*.layer_types")
 
 
 def output_std(config: LayersConfig) -> float:
-    """Residual outputs start smaller the deeper the stack: near-identity layers (spec 4.7)."""
+    """Residual outputs start smaller the deeper the stack: near identity (docs/design.md)."""
     return config.initializer_range / math.sqrt(2 * config.num_layers)
 
 

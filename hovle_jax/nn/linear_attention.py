@@ -36,6 +36,8 @@ TEMPERATURE = 16.0  # a = sigmoid(gate)^(1/16): about 0.96 before training
 
 @LAYER_TYPES.add("linear_attention")
 class LinearAttention(Mixer):
+    ignores = ("positions", "qk_norm", "qkv_bias", "out_bias")
+
     @staticmethod
     def params(c: LayersConfig) -> int:
         d, h, kv, dh = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim

@@ -1,6 +1,6 @@
 """Stacks of layers: the causal layer, its scan over the depth, what layers keep between tokens.
 
-    x = x + Attention(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))        (InternLM2, spec 1.3)
+    x = x + Attention(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))        (InternLM2)
 
 where any type of LAYER_TYPES may stand for attention. Layers are scanned, so a stack compiles once
 whatever its depth. Where all are of one type, their arrays are stacked under the stack's own name;

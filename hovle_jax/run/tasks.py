@@ -64,7 +64,8 @@ class Tasks:
         if not benchmark.definition.readings:
             raise UserError(f"config.eval_tasks: {task} needs a judge")
         store = ImageStore(Path(self._pictures.name), benchmark.definition.upscale.get(dialect, 1))
-        examples = read_examples(benchmark, store)[0][: self._run.config.eval_questions]
+        examples, _ = read_examples(benchmark, store)
+        examples = benchmark.definition.first(examples, self._run.config.eval_questions)
         if any(example.fields.get("answer") is None for example in examples):
             raise UserError(f"config.eval_tasks: {path} has questions without an answer")
         self._tasks[name] = benchmark, examples

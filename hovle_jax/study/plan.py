@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.errors import UserError
+from hovle_jax.modules import load_module
 
 STAGES = ("distill", "align", "instruct")
 
@@ -96,13 +96,7 @@ def _of(changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
 
 def read_study(path: str | Path) -> Study:
     """What `get_study()` of a file returns."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location("hovle_study", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(path, "study")
     study = module.get_study() if hasattr(module, "get_study") else None
     if not isinstance(study, Study):
         raise UserError(f"{path}: needs a function get_study() that returns a hovle_jax Study")
