@@ -44,6 +44,7 @@ from hovle_jax.errors import UserError, one_line
 from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
 from hovle_jax.nn import teacher
+from hovle_jax.output import replace_json
 from hovle_jax.run import digests
 from hovle_jax.run.metrics import parse_rows
 from hovle_jax.streaming import open_arrays, read_array
@@ -68,11 +69,7 @@ def write_config(directory: str | Path, config: Config, data: DataConfig | None 
     body = {"kind": kind, "config": to_dict(config), "versions": versions}
     if data is not None:
         body["data"] = to_dict(data)
-    path = Path(directory) / CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(body, indent=2) + "\n")
-    os.replace(temporary, path)
+    replace_json(Path(directory) / CONFIG, body)
 
 
 def read_config(directory: str | Path) -> Config:
@@ -362,7 +359,7 @@ def _restore(path: epath.Path, item: Any, arrays: Mapping[str, Any]) -> Any:
     except Exception as error:  # orbax raises nothing narrower
         for name in flatten(item):  # which array it was, in one line
             read_array(path, name, arrays[name])
-        raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]})") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _place(x: np.ndarray, want: Any) -> jax.Array:

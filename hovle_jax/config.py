@@ -109,7 +109,7 @@ class ModelConfig:
     img_context_id: int = 92546
     # How it is computed, not what: none of these changes a parameter.
     dtype: str = "bfloat16"
-    remat: str = "full"  # layers.REMAT_POLICIES
+    remat: str = "full"  # nn.stack.REMAT_POLICIES
     attention: str = "auto"  # attention.IMPLEMENTATIONS; auto: what suits the device
     loss_chunk: int = 512  # tokens per row whose logits exist at one time
     # Modules, or .py files, that register what this config names (registry.py):
@@ -119,7 +119,7 @@ class ModelConfig:
         one_of("model.shuffle_loc", self.shuffle_loc, ("pre", "post"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         ask("hovle_jax.hf.families:FAMILIES", self.llm_family)
-        for name, stack in (("embedding", self.embedding), ("decoder", self.decoder)):
+        for name, stack in self.stacks.items():
             one_of(f"model.{name}.rope_scaling", stack.rope_scaling, ("none", "linear", "dynamic"))
             if stack.num_heads % stack.num_kv_heads:
                 raise UserError(f"model.{name}.num_heads must be a multiple of num_kv_heads")
@@ -154,6 +154,10 @@ class ModelConfig:
                 f"model.shuffle_loc='post' needs as many patches ({self.grid**2}) for each of "
                 f"{self.tokens_per_tile} tokens"
             )
+
+    @property
+    def stacks(self) -> dict[str, LayersConfig]:
+        return {"embedding": self.embedding, "decoder": self.decoder}
 
     @property
     def hidden_size(self) -> int:
@@ -192,6 +196,11 @@ class ModelConfig:
     def patches_per_token(self) -> int:
         """Places of 'post' models' long stream that an image token takes."""
         return self.grid**2 // self.tokens_per_tile
+
+    @property
+    def extra_places_per_tile(self) -> int:
+        """By how much a tile is longer in the holistic layers ('post') than in the LLM."""
+        return self.grid**2 - self.tokens_per_tile if self.shuffle_loc == "post" else 0
 
     @property
     def compressor_params(self) -> int:

@@ -201,7 +201,7 @@ def _segment_lengths(stream: Stream) -> jax.Array:
 
 def length_names(config: ModelConfig) -> tuple[str, ...]:
     """Keys of a cache's `lengths`."""
-    stacks = {"embedding": config.embedding, "decoder": config.decoder}
+    stacks = config.stacks
     indexed = (f"{k}_index" for k, s in stacks.items() if POSITIONS.find(s.positions) is not None)
     return (*stacks, *indexed)
 
@@ -358,7 +358,7 @@ def prefill(
     model = HoVLE(dataclasses.replace(config, remat="none"), keep_cache=True)
     x, extras = _run(model, params, batch, cache_len)
     cache: Cache = {"lengths": {}}
-    for stack, layers in (("embedding", config.embedding), ("decoder", config.decoder)):
+    for stack, layers in config.stacks.items():
         extra = extras[stack]
         cache[stack] = pad_places(layers, extra["cache"], extra["capacity"])
         cache["lengths"] |= extra["lengths"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,13 @@ def write_json(path: str | Path, body: Any) -> None:
 
 
 def replace_json(path: str | Path, body: Any) -> None:
-    """In one piece: whoever looks, also after a crash, finds the old file or the new one."""
+    """By one process, and on the disk when this returns: whoever looks, also after a crash, finds
+    the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id: in containers that of every host may be 1.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(body, indent=2) + "\n")
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(body, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

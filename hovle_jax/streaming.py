@@ -18,6 +18,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import type_handlers
 
+from hovle_jax.data.files import is_remote
 from hovle_jax.errors import UserError
 from hovle_jax.run import digests
 from hovle_jax.tree import unflatten
@@ -94,7 +95,7 @@ def open_arrays(path: Path) -> dict[str, ts.TensorStore]:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    remote = "://" in str(path)
+    remote = is_remote(str(path))
     return {"driver": "ocdbt", "base": f"{path}/" if remote else f"file://{os.path.abspath(path)}/"}
 
 

@@ -75,7 +75,7 @@ def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     sharding.check_rows(data.rows, config.optim.accumulate, mesh)
     sharding.check_length(data.tokens, "config.data.tokens", mesh)
     if c.shuffle_loc == "post":
-        long = data.tokens + data.tiles * c.tokens_per_tile * (c.patches_per_token - 1)
+        long = data.tokens + data.tiles * c.extra_places_per_tile
         sharding.check_length(long, "the long stream of config.data.tokens and tiles", mesh)
 
 

@@ -45,6 +45,23 @@ def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
     return cls(**{k: _convert(v, hints[k], f"{where}.{k}") for k, v in raw.items()})
 
 
+def changed(config: T, changes: typing.Mapping[str, Any], where: str) -> T:
+    """`config` with other values, by dotted keys; UserError opens with `where` and names one that
+    it has not."""
+    raw = to_dict(config)
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = raw
+        for name in parents:
+            node = node.get(name)
+            if not isinstance(node, dict):
+                raise UserError(f"{where}: {key!r}: {name!r} is no section of a config")
+        if leaf not in node:
+            raise UserError(f"{where}: {key!r} is no key of a config")
+        node[leaf] = to_dict(value)
+    return from_dict(type(config), raw, "config")
+
+
 def _required(cls: Any) -> list[str]:
     """Fields without a default."""
     none = (dataclasses.MISSING, dataclasses.MISSING)

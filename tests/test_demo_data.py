@@ -12,6 +12,7 @@ from PIL import Image
 from hovle_jax.demo import digits as D
 from hovle_jax.demo import report as R
 from hovle_jax.errors import UserError
+from hovle_jax.modules import require
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -205,8 +206,10 @@ def test_bad_sizes_are_one_line(tmp_path, wrong):
 
 
 def test_missing_extra_says_what_to_install():
-    with pytest.raises(UserError, match=r'pip install "hovle-jax\[demo\]"'):
-        D.optional_import("no_such_module_here")
+    with pytest.raises(
+        UserError, match=r"^digits: no_such_module_here is missing: pip install 'hovl"
+    ):
+        require("no_such_module_here.datasets", "demo", "digits")
 
 
 def test_report(data, tmp_path):

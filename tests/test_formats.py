@@ -423,7 +423,7 @@ def test_bad_parquet(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"x\.parquet: not readable as parquet"):
         parquet.Parquet("x", str(path), "")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install hovle-jax\[parquet\]"):
+    with pytest.raises(UserError, match=r"pip install 'hovle-jax\[parquet\]'"):
         parquet.Parquet("x", str(path), "")
 
 

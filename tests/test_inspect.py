@@ -52,6 +52,14 @@ def sample(world, ids: list[int], predicted: int = 0, tiles: int = 0) -> Sample:
     return Sample(np.array(ids, np.int32), np.array(labels, np.int32), pixels)
 
 
+def report_of(*row):
+    return inspect.row_report(*row)[0]
+
+
+def picture_of(row, *more):
+    return inspect.draw_row(row, *inspect.row_report(row, *more), "packed row")
+
+
 def colours(image: Image.Image) -> dict[tuple[int, ...], int]:
     """{colour: pixels}."""
     found, counts = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_counts=True)
@@ -62,7 +70,7 @@ def colours(image: Image.Image) -> dict[tuple[int, ...], int]:
 def test_tiles_are_the_recorded_ones(case):
     for run in case["runs"]:
         limits = (run["image_size"], run["max_num"], run["min_num"])
-        report = inspect.tile_report(str(GOLDEN / case["file"]), *limits)
+        report = inspect.cut_tiles(str(GOLDEN / case["file"]), *limits)[0]
         assert (report["cols"], report["rows"]) == (run["cols"], run["rows"])
         assert report["sha256"] == run["u8_tile_sha256"]
         assert (report["width"], report["height"]) == (case["width"], case["height"])
@@ -89,15 +97,15 @@ def test_tile_command_writes_the_contract_and_a_picture(tmp_path):
 @pytest.mark.parametrize("file", ["14_1x1_RGB.png", "16_50x1_RGB.png", "18_10x1000_RGB.png"])
 @pytest.mark.parametrize("max_tiles", [1, 40])
 def test_tiles_of_any_shape_are_drawn(file, max_tiles):
-    picture = inspect.draw_tiles(str(GOLDEN / file), 28, max_tiles)
+    picture = inspect.draw_tiles(*inspect.cut_tiles(str(GOLDEN / file), 28, max_tiles))
     assert picture.width == draw.WIDTH and picture.height < 1300
 
 
 def test_tile_errors(tmp_path):
     with pytest.raises(UserError, match="image file not found"):
-        inspect.tile_report(str(tmp_path / "no.png"), 56, 6)
+        inspect.cut_tiles(str(tmp_path / "no.png"), 56, 6)
     with pytest.raises(UserError, match="image_size=0"):
-        inspect.tile_report(str(GOLDEN / "14_1x1_RGB.png"), 0, 6)
+        inspect.cut_tiles(str(GOLDEN / "14_1x1_RGB.png"), 0, 6)
 
 
 def test_prompt_is_what_the_model_sees(world, tokenizer, tmp_path):
@@ -146,7 +154,7 @@ def test_a_row_says_what_is_in_it(world, tokenizer, batch):
     records = open_meta(str(world.root / "meta.json"))[0].source
     size = world.model.tokens_per_tile
     for row, origins in batch:
-        report = inspect.row_report(row, tokenizer, size, origins)
+        report = report_of(row, tokenizer, size, origins)
         assert report["problems"] == []
         used = int((row["segment_ids"] > 0).sum())
         assert report["tokens"] == {"used": used, "limit": 96, "fill": used / 96}
@@ -174,7 +182,7 @@ def test_a_row_says_what_is_in_it(world, tokenizer, batch):
 
 def test_a_row_is_drawn_in_the_colours_of_its_segments(tokenizer, world, batch):
     row, origins = batch[0]
-    picture = inspect.draw_row(row, tokenizer, world.model.tokens_per_tile, origins)
+    picture = picture_of(row, tokenizer, world.model.tokens_per_tile, origins)
     assert picture.width == draw.WIDTH
     found = colours(picture)
     for segment in range(1, row["segment_ids"].max() + 1):
@@ -191,7 +199,7 @@ def test_predicted_tokens_look_different(tokenizer, world):
     counts = []
     for predicted in (0, 2, len(ids)):
         row = pack(world, sample(world, ids, predicted), tokens=len(ids))
-        counts.append(colours(inspect.draw_row(row, tokenizer, 4)).get(highlight, 0))
+        counts.append(colours(picture_of(row, tokenizer, 4)).get(highlight, 0))
     # The edges of drawn letters may happen to have any colour.
     assert 20 * counts[0] < counts[1] < counts[2]
 
@@ -199,29 +207,29 @@ def test_predicted_tokens_look_different(tokenizer, world):
 def test_empty_full_and_long_rows(tokenizer, world):
     size, context = world.model.tokens_per_tile, world.model.img_context_id
     empty = pack(world)
-    report = inspect.row_report(empty, tokenizer, size)
+    report = report_of(empty, tokenizer, size)
     assert (report["tokens"]["fill"], report["tiles"]["fill"], report["padding"]) == (0, 0, 40)
     assert report["segments"] == report["problems"] == []
-    inspect.draw_row(empty, tokenizer, size)
+    picture_of(empty, tokenizer, size)
     assert inspect.row_text(report)
     full = pack(world, sample(world, [context] * size * 3, tiles=3), tokens=3 * size)
-    report = inspect.row_report(full, tokenizer, size)
+    report = report_of(full, tokenizer, size)
     assert (report["tokens"]["fill"], report["tiles"]["fill"], report["padding"]) == (1, 1, 0)
     assert report["segments"][0]["tiles"] == [3]
     assert report["segments"][0]["text"] == f"[image: {size} x 3]"
-    inspect.draw_row(full, tokenizer, size)
+    picture_of(full, tokenizer, size)
     ids = tokenizer.encode_ordinary("a\n" * 2000)
     long = pack(world, sample(world, ids), tokens=len(ids), tiles=0)
-    assert inspect.draw_row(long, tokenizer, size).height < 40_000
-    assert inspect.row_report(long, tokenizer, size)["segments"][0]["text"] == "a\n" * 2000
+    assert picture_of(long, tokenizer, size).height < 40_000
+    assert report_of(long, tokenizer, size)["segments"][0]["text"] == "a\n" * 2000
 
 
 def test_broken_rows_are_called_so(tokenizer, world):
     size, context = world.model.tokens_per_tile, world.model.img_context_id
     ids = tokenizer.encode_ordinary("Hello white")
-    assert inspect.row_report(pack(world, sample(world, ids, 1)), tokenizer, size)["problems"] == []
+    assert report_of(pack(world, sample(world, ids, 1)), tokenizer, size)["problems"] == []
     cut = pack(world, sample(world, [context] * (size + 1), tiles=1))
-    report = inspect.row_report(cut, tokenizer, size)
+    report = report_of(cut, tokenizer, size)
     assert "no multiple" in report["problems"][0]
     assert report["segments"][0]["text"] == f"[image: {size} x 1 + 1]"
     assert "PROBLEM" in inspect.row_text(report)
@@ -229,10 +237,10 @@ def test_broken_rows_are_called_so(tokenizer, world):
     wrong["labels"][len(ids) - 1] += 1
     wrong["loss_weight"][0] = 1
     wrong["position_ids"][:] = 0
-    problems = " / ".join(inspect.row_report(wrong, tokenizer, size)["problems"])
+    problems = " / ".join(report_of(wrong, tokenizer, size)["problems"])
     for words in ("labels that are not the tokens", "loss weights", "positions of segment 1"):
         assert words in problems
-    inspect.draw_row(wrong, tokenizer, size)
+    picture_of(wrong, tokenizer, size)
 
 
 def test_any_text_is_drawn(tokenizer):

@@ -66,6 +66,7 @@ ORDER = [
     "data.array_record",
     "data.sources",
     "data.tilers",
+    "data.journal",
     "data.convert",
     "data.text_files",
     "data.token_shards",

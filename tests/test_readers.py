@@ -119,7 +119,7 @@ def test_bad_encoding_names_the_line(tmp_path):
         readers.JsonlConversations("a", str(tmp_path / "a.jsonl"), "")[0]
     (tmp_path / "a.txt").write_bytes(b"ok\n\xff\n")
     with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8"):
-        readers.TextLines("a", str(tmp_path / "a.txt"))[1]
+        readers.TextLines(str(tmp_path / "a.txt"))[1]
 
 
 def test_missing_and_empty_files(write, tmp_path):
@@ -147,16 +147,16 @@ def test_image_folder(tmp_path):
 def test_text_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one \n\n  two\n")
     (tmp_path / "a.jsonl").write_text('{"text": "x\\ny"}\n{"txt": 1}\n')
-    source = readers.TextLines("t", str(tmp_path / "a.txt"))
+    source = readers.TextLines(str(tmp_path / "a.txt"))
     assert [source[i] for i in range(len(source))] == ["one ", "  two"]
-    source = pickle.loads(pickle.dumps(readers.TextLines("t", str(tmp_path / "a.jsonl"))))
+    source = pickle.loads(pickle.dumps(readers.TextLines(str(tmp_path / "a.jsonl"))))
     assert source[0] == "x\ny"
     with pytest.raises(UserError, match=r"a\.jsonl:2: no string under 'text'"):
         source[1]
     for name in ("a.json", "a.md", "a.txt.gz", "a"):  # markup and bytes are no text to train on
         (tmp_path / name).write_text('[{"text": "x"}]\n')
         with pytest.raises(UserError, match=f"{name}: text is a .txt of a document per line, or a"):
-            readers.TextLines("t", str(tmp_path / name))
+            readers.TextLines(str(tmp_path / name))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
 from hovle_jax.cli.main import main
-from hovle_jax.data import convert, text_files, tokenize_text
+from hovle_jax.data import text_files, tokenize_text
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer, train_tokenizer
 from hovle_jax.errors import UserError
@@ -208,14 +208,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("function", ["_write", "_seal"])
+@pytest.mark.parametrize("function", ["replace_json", "seal"])
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at", [2, 3, 8])
 def test_continues_after_a_kill(tmp_path, monkeypatch, tokenizer, function, after, at):
     inputs = [write(tmp_path / "a.jsonl.gz"), write(tmp_path / "b.txt")]
     Path(inputs[1]).write_bytes(Path(inputs[1]).read_bytes() + b"\n\xff\nend")
     run(inputs, tmp_path / "whole", tokenizer, max_rejects=0.1)
-    original, calls = getattr(convert, function), []
+    original, calls = getattr(tokenize_text, function), []
 
     def dies(*args):
         calls.append(1)
@@ -226,7 +226,7 @@ def test_continues_after_a_kill(tmp_path, monkeypatch, tokenizer, function, afte
             raise Killed
         return result
 
-    monkeypatch.setattr(convert, function, dies)
+    monkeypatch.setattr(tokenize_text, function, dies)
     with pytest.raises(Killed):
         run(inputs, tmp_path / "out", tokenizer, max_rejects=0.1)
     with pytest.raises(UserError, match="unfinished"):
@@ -234,7 +234,7 @@ def test_continues_after_a_kill(tmp_path, monkeypatch, tokenizer, function, afte
     kept = {x.name: x.stat().st_mtime_ns for x in (tmp_path / "out").glob("text-*[!p]")}
     journal = json.loads((tmp_path / "out/journal.json").read_text())
     calls.clear()
-    monkeypatch.setattr(convert, function, original)
+    monkeypatch.setattr(tokenize_text, function, original)
     run(inputs, tmp_path / "out", tokenizer, max_rejects=0.1)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     for n in range(len(journal["shards"])):
@@ -263,12 +263,12 @@ def test_a_killed_process_leaves_no_workers_and_continues(tmp_path, tokenizer, e
         import os, signal, sys
         from hovle_jax.data import convert, text_files, tokenize_text
         from hovle_jax.data.tokenizer import Tokenizer
-        def dies(*args, original=convert._write, calls=[]):
+        def dies(*args, original=tokenize_text.replace_json, calls=[]):
             calls.append(1)
             original(*args)
             if len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-        convert._write, text_files._BATCH = dies, 400
+        tokenize_text.replace_json, text_files._BATCH = dies, 400
         tokenizer = Tokenizer.load(sys.argv[3])
         tokenize_text.tokenize_text(
             [sys.argv[1]], sys.argv[2], tokenizer, shard_tokens=60, workers=1, quiet=True
@@ -340,7 +340,7 @@ def test_rejects_of_parquet_and_txt(tmp_path, tokenizer):
 
 
 def test_many_rejects_end_it_early(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(convert, "_MANY", 5)
+    monkeypatch.setattr(tokenize_text, "MANY", 5)
     path = tmp_path / "x.jsonl"
     path.write_text("no json\n" * 200 + '{"text": "red"}\n' * 200)
     with pytest.raises(UserError, match="rows were rejected") as error:
@@ -369,7 +369,7 @@ def test_other_inputs_and_settings_are_refused(tmp_path, monkeypatch, tokenizer)
     inputs = [write(tmp_path / "x.txt"), write(tmp_path / "y.txt")]
     other_tokenizer = train_tokenizer(DOCUMENTS, tmp_path / "tokenizer", 110)
     run(inputs, tmp_path / "done", tokenizer)
-    original, count = convert._write, len(list((tmp_path / "done").glob("*.ends")))
+    original, count = tokenize_text.replace_json, len(list((tmp_path / "done").glob("*.ends")))
 
     def dies(to, content):
         original(to, content)
@@ -377,7 +377,7 @@ def test_other_inputs_and_settings_are_refused(tmp_path, monkeypatch, tokenizer)
             raise Killed
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(convert, "_write", dies)
+        patch.setattr(tokenize_text, "replace_json", dies)
         run(inputs, tmp_path / "begun", tokenizer)
     before = files(tmp_path / "begun")
     for out in (tmp_path / "done", tmp_path / "begun"):
@@ -471,7 +471,7 @@ def test_a_worker_that_dies_is_one_line(tmp_path, tokenizer):
 def test_without_zstandard(tmp_path, monkeypatch, tokenizer):
     path = write(tmp_path / "x.txt.zst")
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(UserError, match=r"pip install hovle-jax\[text\]"):
+    with pytest.raises(UserError, match=r"pip install 'hovle-jax\[text\]'"):
         run([path], tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,6 @@ from hovle_jax.errors import UserError
 from hovle_jax.hf.writer import ExportOptions, write_directory
 
 WORKER = Path(__file__).parent / "torch_worker.py"
-ATTENTION = ("eager", "flash")
 _CODE = "modeling_internvl_chat.py"
 
 

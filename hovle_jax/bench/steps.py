@@ -200,10 +200,8 @@ def _train(
 
 def peak_flops(dtype: str) -> tuple[float, str]:
     """(matrix FLOPs per second of one device, where the figure is from)."""
-    kind = jax.devices()[0].device_kind
-    for chip in chips.CHIPS.values():
-        if chip.kind == kind:
-            return chip.peak_flops, f"{chip.name}'s bfloat16 peak"
+    if chip := chips.of_kind(jax.devices()[0].device_kind):
+        return chip.peak_flops, f"{chip.name}'s bfloat16 peak"
     x = jnp.ones((_PEAK_SIDE, _PEAK_SIDE), dtype)
     product = jax.jit(jnp.matmul)
     seconds = min(_seconds(lambda: product(x, x)) for _ in range(_PEAK_TRIES))

@@ -29,7 +29,7 @@ from hovle_jax.data.tokenizer import (
     Tokenizer,
     train_tokenizer,
 )
-from hovle_jax.errors import UserError
+from hovle_jax.modules import require
 
 SIZES = ((640, 480), (1280, 960), (2048, 1536))
 _VOCABULARY = (
@@ -42,14 +42,8 @@ _WORDS = _VOCABULARY.split()
 
 def photos() -> list[np.ndarray]:
     """uint8 [427, 640, 3] each. UserError without scikit-learn."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError as e:
-        raise UserError(
-            "the benchmark's photos come with scikit-learn: pip install scikit-learn, or "
-            "give --config"
-        ) from e
-    return list(load_sample_images().images)
+    datasets = require("sklearn.datasets", "demo", "made-up data (or give --config)")
+    return list(datasets.load_sample_images().images)
 
 
 def write_photos(

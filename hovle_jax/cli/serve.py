@@ -11,6 +11,7 @@ from typing import Any
 from hovle_jax.cli.common import add_command, no_more
 from hovle_jax.cli.hosts import add_hosts
 from hovle_jax.errors import UserError
+from hovle_jax.modules import require
 
 PREFIX_MIB = 1024
 PATIENCE = 14 * 86400.0  # seconds that a host waits for the answers of the others
@@ -202,12 +203,8 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     no_more("serve", rest)
-    try:
-        import uvicorn
-
-        from hovle_jax.serve.app import create_app
-    except ImportError as error:
-        raise UserError(f"hovle serve needs {error.name}: pip install 'hovle-jax[serve]'") from None
+    uvicorn = require("uvicorn", "serve", "hovle serve")
+    web = require("hovle_jax.serve.app", "serve", "hovle serve")
     from hovle_jax.serve.protocol import Limits
 
     positive = "slots context queue drain max_body_mib max_pixels max_tiles max_new_tokens"
@@ -229,7 +226,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     )
     name = args.name or Path(args.model_dir).resolve().name
     key = os.environ.get("HOVLE_API_KEY", "")
-    app = create_app(assistant, engine, name=name, limits=limits, api_key=key)
+    app = web.create_app(assistant, engine, name=name, limits=limits, api_key=key)
     print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
     uvicorn.run(
         app,

@@ -7,7 +7,6 @@ last: where it is missing, the conversion is not finished. journal.json exists u
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
@@ -23,16 +22,15 @@ from hovle_jax.data.array_record import (
     open_shard,
     read_manifest,
 )
+from hovle_jax.data.journal import MANY, Rejects, seal
 from hovle_jax.data.records import Record, Source
 from hovle_jax.data.rows import PROMPT, load_json
 from hovle_jax.data.sources import JOURNAL, open_meta, open_source
 from hovle_jax.errors import UserError, one_line
+from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
 
-REJECTS = "rejects.jsonl"
 _CHECKS = ("none", "header", "full")
-# Rejects that end a conversion early, once they are also more than max_rejects allows.
-_MANY = 1000
 
 
 def run_convert(
@@ -123,12 +121,12 @@ def convert(
         for source in sources:
             while (first := job.end(source.name)) < len(source):
                 for row in job.write_shard(source, first):
-                    if job.rejects > max(max_rejects * total, _MANY):
+                    if job.rejects.count > max(max_rejects * total, MANY):
                         raise job.too_many(total, max_rejects)
                     if not quiet:
-                        progress.update(done + row, f"{job.rejects} rejected")
+                        progress.update(done + row, f"{job.rejects.count} rejected")
             done += len(source)
-        if job.rejects > max_rejects * total:
+        if job.rejects.count > max_rejects * total:
             raise job.too_many(total, max_rejects)
         return job.finish(sources)
     except (OSError, RuntimeError) as e:  # ArrayRecord's: a full disk
@@ -164,26 +162,14 @@ def _check(
 
 
 class _Job:
-    """The directory being written: journal, rejects and shards.
-
-    Order makes it safe to kill at any time: a shard is complete before it gets its name, named
-    before the journal has it; the journal's last entry says how much of rejects.jsonl to keep.
-    """
+    """The directory being written: journal, rejects and shards. Safe to kill at any time."""
 
     def __init__(self, out_dir: str, config: dict[str, Any], shard_bytes: int, check: str):
         self._dir, self._config = out_dir, config
         self._shard_bytes, self._check = shard_bytes, check
         os.makedirs(out_dir, exist_ok=True)
         self._shards = self._read_journal()
-        last = self._shards[-1] if self._shards else {"rejects": 0, "rejects_bytes": 0}
-        self.rejects: int = last["rejects"]
-        # Cut to what the finished shards rejected.
-        path = os.path.join(out_dir, REJECTS)
-        self._rejects_file = open(path, "ab")  # noqa: SIM115 - closed by finish
-        if os.path.getsize(path) < last["rejects_bytes"]:
-            raise UserError(f"{path}: missing or changed; delete {out_dir} and convert again")
-        self._rejects_file.truncate(last["rejects_bytes"])
-        self._rejects_file.seek(0, os.SEEK_END)
+        self.rejects = Rejects(out_dir, self._shards[-1] if self._shards else {})
 
     def _read_journal(self) -> list[dict[str, Any]]:
         path = os.path.join(self._dir, JOURNAL)
@@ -198,7 +184,7 @@ class _Job:
         return []
 
     def _write_journal(self, shards: list[dict[str, Any]]) -> None:
-        _write(os.path.join(self._dir, JOURNAL), {"config": self._config, "shards": shards})
+        replace_json(os.path.join(self._dir, JOURNAL), {"config": self._config, "shards": shards})
 
     def end(self, name: str) -> int:
         """The first row of a source that no finished shard covers."""
@@ -217,9 +203,7 @@ class _Job:
                 record = source[row]
                 data = encode_record(record.turns, _image_bytes(record, self._check))
             except (UserError, TypeError, UnicodeError, RecursionError) as e:  # of odd JSON, too
-                line = {"source": source.name, "row": row + 1, "reason": one_line(e)}
-                self._rejects_file.write(json.dumps(line).encode() + b"\n")
-                self.rejects += 1
+                self.rejects.add(source=source.name, row=row + 1, reason=one_line(e))
             else:
                 if records and payload + len(data) > self._shard_bytes:
                     break
@@ -234,24 +218,18 @@ class _Job:
             writer.close()
             if open_shard(f"{path}.tmp").num_records() != records:
                 raise UserError(f"{path}.tmp: not all was written; is the disk full?")
-            size, digest = _seal(f"{path}.tmp")
+            size, digest = seal(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
             shard |= {"file": file, "records": records, "bytes": size, "sha256": digest}
-        self._rejects_file.flush()
-        os.fsync(self._rejects_file.fileno())
-        shard |= {"first": first, "end": row}
-        shard |= {"rejects": self.rejects, "rejects_bytes": self._rejects_file.tell()}
+        shard |= {"first": first, "end": row} | self.rejects.state()
         self._write_journal([*self._shards, shard])
         self._shards.append(shard)
 
     def too_many(self, total: int, max_rejects: float) -> UserError:
-        self._rejects_file.flush()
-        path = os.path.join(self._dir, REJECTS)
-        with open(path, "rb") as f:
-            first = json.loads(f.readline())["reason"]
         return UserError(
-            f"{self.rejects} of {total} rows were rejected, more than max_rejects={max_rejects:g} "
-            f"allows; {path} has the reasons, the first is: {first}"
+            f"{self.rejects.count} of {total} rows were rejected, more than "
+            f"max_rejects={max_rejects:g} allows; {self.rejects.path} has the reasons, the first "
+            f"is: {self.rejects.first()['reason']}"
         )
 
     def finish(self, sources: Sequence[Source]) -> dict[str, Any]:
@@ -270,29 +248,13 @@ class _Job:
             }
             before = after
         records = sum(part["records"] for part in parts.values())
-        manifest = {"version": VERSION, "records": records, "rejects": self.rejects}
+        manifest = {"version": VERSION, "records": records, "rejects": self.rejects.count}
         manifest |= {"config": self._config, "sources": parts}
-        self._rejects_file.close()
-        _write(os.path.join(self._dir, MANIFEST), manifest)
+        self.rejects.close()
+        replace_json(os.path.join(self._dir, MANIFEST), manifest)
         for name in (JOURNAL, f"{JOURNAL}.tmp"):
             pathlib.Path(self._dir, name).unlink(missing_ok=True)
         return manifest
-
-
-def _write(path: str, content: dict[str, Any]) -> None:
-    """JSON, on the disk and in one piece when this returns."""
-    with open(f"{path}.tmp", "w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def _seal(path: str) -> tuple[int, str]:
-    """(bytes, sha256) of a file, which is on the disk when this returns."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-        return os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _image_bytes(record: Record, check: str) -> list[bytes]:

@@ -13,7 +13,7 @@ import PIL
 from PIL import Image
 
 from hovle_jax.data import files
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 
 
 def open_image(ref: str | bytes, where: str) -> Image.Image:
@@ -73,7 +73,7 @@ def _image_error(ref: str | bytes, where: str, error: Exception) -> UserError:
     if isinstance(error, Image.UnidentifiedImageError):
         reason = "not an image, or of an unknown format"
     else:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
     return UserError(f"{where}: cannot read image {name} ({reason}); replace or remove it")
 
 

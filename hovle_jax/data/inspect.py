@@ -42,35 +42,24 @@ def write(
     return report
 
 
-def tile_report(
+def draw_tiles(report: Report, picture: Image.Image, tiles: np.ndarray) -> Image.Image:
+    """The picture with its grid, beside it the numbered tiles; arguments as `cut_tiles` returns."""
+    return draw.draw_tiles(picture, tiles, report["cols"], report["rows"], _tile_title(report))
+
+
+def cut_tiles(
     path: str, image_size: int, max_tiles: int, min_tiles: int = 1, thumbnail: bool = True
-) -> Report:
+) -> tuple[Report, Image.Image, np.ndarray]:
     """What tiling makes of an image.
 
     Returns:
-      cols, rows, sha256 (of every uint8 [H, W, 3] tile, row-major, thumbnail last), what the file
-      is (path, width, height, mode, format), image_size, min_tiles, max_tiles, thumbnail.
+      (report, picture, tiles); the report has cols, rows, sha256 (of every uint8 [H, W, 3] tile,
+      row-major, thumbnail last), what the file is (path, width, height, mode, format), image_size,
+      min_tiles, max_tiles, thumbnail.
 
     Raises:
       UserError: the image cannot be read, or impossible limits.
     """
-    return _tile(path, image_size, max_tiles, min_tiles, thumbnail)[0]
-
-
-def draw_tiles(
-    path: str, image_size: int, max_tiles: int, min_tiles: int = 1, thumbnail: bool = True
-) -> Image.Image:
-    """The picture with its grid, beside it the numbered tiles; otherwise as `tile_report`."""
-    return _draw_tiles(*_tile(path, image_size, max_tiles, min_tiles, thumbnail))
-
-
-def _draw_tiles(report: Report, picture: Image.Image, tiles: np.ndarray) -> Image.Image:
-    return draw.draw_tiles(picture, tiles, report["cols"], report["rows"], _tile_title(report))
-
-
-def _tile(
-    path: str, image_size: int, max_tiles: int, min_tiles: int, thumbnail: bool
-) -> tuple[Report, Image.Image, np.ndarray]:
     if image_size < 1:
         raise UserError(f"image_size={image_size}: a tile has at least one pixel")
     picture = image.open_image(path, path)
@@ -105,9 +94,9 @@ def tile_text(report: Report) -> str:
 def run_tile(
     path: str, image_size: int, max_tiles: int, json_file: str = "", png: str = ""
 ) -> Report:
-    """`hovle data tile`; see `tile_report`."""
-    report, picture, tiles = _tile(path, image_size, max_tiles, 1, True)
-    return write(report, json_file, png, lambda: _draw_tiles(report, picture, tiles))
+    """`hovle data tile`; see `cut_tiles`."""
+    report, picture, tiles = cut_tiles(path, image_size, max_tiles)
+    return write(report, json_file, png, lambda: draw_tiles(report, picture, tiles))
 
 
 def chunks_of(
@@ -259,8 +248,8 @@ def batch_at(
 
 def row_report(
     row: HostBatch, tokenizer: Tokenizer, tokens_per_tile: int, origins: Origins = None
-) -> Report:
-    """What is in a packed row.
+) -> tuple[Report, list[list[Chunk]]]:
+    """What is in a packed row, and the chunks of every segment.
 
     Args:
       row: input_ids, segment_ids, position_ids, labels, loss_weight [tokens] and pixels
@@ -268,18 +257,11 @@ def row_report(
       origins: Added to the segments, one each.
 
     Returns:
-      tokens and tiles ({used, limit, fill}), predicted (tokens with a loss), padding, problems
-      (sentences; empty in a sound row), segments: each segment, tokens, tiles (per image),
-      predicted, weight (sum of its loss weights), text, parts ([{text, predicted, tokens}], the
-      same text cut where prediction begins and ends), and its origin.
+      The report: tokens and tiles ({used, limit, fill}), predicted (tokens with a loss), padding,
+      problems (sentences; empty in a sound row), segments: each segment, tokens, tiles (per
+      image), predicted, weight (sum of its loss weights), text, parts ([{text, predicted,
+      tokens}], the same text cut where prediction begins and ends), and its origin.
     """
-    return _row_report(row, tokenizer, tokens_per_tile, origins)[0]
-
-
-def _row_report(
-    row: HostBatch, tokenizer: Tokenizer, tokens_per_tile: int, origins: Origins
-) -> tuple[Report, list[list[Chunk]]]:
-    """The report and the chunks of every segment."""
     segments: list[Report] = []
     all_chunks = []
     for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
@@ -337,20 +319,9 @@ def _problems(row: HostBatch, chunks: list[list[Chunk]], tokens_per_tile: int) -
     return found
 
 
-def draw_row(
-    row: HostBatch,
-    tokenizer: Tokenizer,
-    tokens_per_tile: int,
-    origins: Origins = None,
-    title: str = "packed row",
-) -> Image.Image:
+def draw_row(row: HostBatch, report: Report, chunks: list[list[Chunk]], title: str) -> Image.Image:
     """The row as a picture: tiles framed in their segment's colour, and the tokens below, those
-    that are predicted underlined. Arguments as `row_report`."""
-    report, chunks = _row_report(row, tokenizer, tokens_per_tile, origins)
-    return _draw_row(row, report, chunks, title)
-
-
-def _draw_row(row: HostBatch, report: Report, chunks: list[list[Chunk]], title: str) -> Image.Image:
+    that are predicted underlined. `report` and `chunks` as `row_report` returns them."""
     owners, views = [], []
     for s, pieces in zip(report["segments"], chunks, strict=True):
         for picture, count in enumerate(s["tiles"], start=1):
@@ -415,10 +386,10 @@ def run_inspect(
     """
     tokenizer, pipeline = open_pipeline(config, kind, weights)
     arrays, origins = batch_at(config, pipeline, step, row, start)[0]
-    report, chunks = _row_report(arrays, tokenizer, config.model.tokens_per_tile, origins)
+    report, chunks = row_report(arrays, tokenizer, config.model.tokens_per_tile, origins)
     report = {"stage": config.stage, "step": step, "row": row, **report}
     title = f"{config.stage}: step {step}, row {row} of 0 to {config.data.rows - 1}"
-    return write(report, json_file, png, lambda: _draw_row(arrays, report, chunks, title))
+    return write(report, json_file, png, lambda: draw_row(arrays, report, chunks, title))
 
 
 def open_pipeline(config: RunConfig, kind: str, weights: str) -> tuple[Tokenizer, Pipeline]:

@@ -13,6 +13,7 @@ from hovle_jax.data import files
 from hovle_jax.data.records import Record, position
 from hovle_jax.data.rows import PROMPT, ROW_KEYS, make_record
 from hovle_jax.errors import UserError, one_line
+from hovle_jax.modules import require
 
 
 class Parquet:
@@ -97,11 +98,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def import_pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError("parquet needs pyarrow: pip install hovle-jax[parquet]") from e
-    return pyarrow.parquet
+    return require("pyarrow.parquet", "parquet", "parquet")
 
 
 @contextlib.contextmanager

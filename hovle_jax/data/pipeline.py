@@ -102,7 +102,7 @@ def _check_keys(config: RunConfig, unpaired: bool) -> None:
 def _open_text(path: str, tokenizer: Tokenizer) -> TextLines | TokenShards | None:
     if os.path.isdir(path):
         return TokenShards(path, tokenizer)
-    return TextLines("text", path) if path else None
+    return TextLines(path) if path else None
 
 
 class Split:

@@ -129,7 +129,7 @@ class TextRecords:
         self.name = name
         self.max_tiles: int | None = None
         self._path = path
-        self._lines = TextLines(name, path)
+        self._lines = TextLines(path)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -143,9 +143,8 @@ class TextRecords:
 class TextLines:
     """Plain text: the non-blank lines of a file, or 'text' of the rows of a .jsonl file."""
 
-    def __init__(self, name: str, path: str):
+    def __init__(self, path: str):
         """Indexes the file; UserError if it is missing, empty, or neither .txt nor .jsonl."""
-        self.name = name
         suffix = os.path.splitext(path)[1].lower()
         if suffix not in (".txt", ".jsonl"):  # of others, markup would be read as text
             raise UserError(f"{path}: text is a .txt of a document per line, or a .jsonl of 'text'")

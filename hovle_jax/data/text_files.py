@@ -15,6 +15,7 @@ from hovle_jax.data import files
 from hovle_jax.data.parquet import import_pyarrow
 from hovle_jax.data.rows import SURROGATE, load_json
 from hovle_jax.errors import UserError, one_line
+from hovle_jax.modules import require
 
 SUFFIXES = (
     *(f".{kind}{packed}" for kind in ("txt", "jsonl") for packed in ("", ".gz", ".zst")),
@@ -83,7 +84,7 @@ def _below(given: str) -> list[str]:
 
 
 def _is_inside(name: str, directory: str) -> bool:
-    return "://" not in name and pathlib.Path(os.path.abspath(name)).is_relative_to(
+    return not files.is_remote(name) and pathlib.Path(os.path.abspath(name)).is_relative_to(
         os.path.abspath(directory)
     )
 
@@ -182,11 +183,7 @@ def text_of(data: bytes | None, kind: str, key: str) -> str:
 
 
 def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as e:
-        raise UserError(".zst needs zstandard: pip install hovle-jax[text]") from e
-    return zstandard
+    return require("zstandard", "text", ".zst")
 
 
 class _Zstd(io.RawIOBase):

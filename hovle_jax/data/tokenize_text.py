@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -22,9 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from hovle_jax.data import convert, files, text_files
+from hovle_jax.data import files, text_files
 from hovle_jax.data.array_record import MANIFEST
-from hovle_jax.data.convert import REJECTS
+from hovle_jax.data.journal import MANY, Rejects, seal
 from hovle_jax.data.rows import load_json
 from hovle_jax.data.sources import JOURNAL
 from hovle_jax.data.text_files import Batch, File
@@ -39,6 +38,7 @@ from hovle_jax.data.token_shards import (
 )
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError, one_line
+from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
 
 
@@ -99,11 +99,11 @@ def tokenize_text(
             batches = text_files.read(found, key, job.file, job.row)
             for batch, rows, ids in _encode_all(batches, key, tokenizer, workers):
                 job.add(batch.file, rows, ids)
-                if job.rejects > max(max_rejects * job.rows, convert._MANY):
+                if job.rejects.count > max(max_rejects * job.rows, MANY):
                     raise job.too_many(max_rejects)
-                progress(batch.done, job.rejects)
+                progress(batch.done, job.rejects.count)
             job.seal()
-            if job.rejects > max_rejects * job.rows:
+            if job.rejects.count > max_rejects * job.rows:
                 raise job.too_many(max_rejects)
             return job.finish(tokenizer.vocab_size)
     except OSError as e:  # a full disk
@@ -200,23 +200,17 @@ def _encode_here(batch: Batch) -> tuple[list[_Row], np.ndarray]:
 class _Job:
     """The directory being written: journal, rejects and shards.
 
-    Safe to kill at any time, by order: a shard is complete before it gets its names, and has them
-    before the journal names it; the journal's last entry says how much of rejects.jsonl to keep.
+    Safe to kill at any time, by order (journal.py).
     """
 
     def __init__(self, out: str, config: dict[str, Any]):
         self._dir, self._config = out, config
         os.makedirs(out, exist_ok=True)
         self._shards = self._read_journal()
-        done = ("file", "row", "rows", "rejects", "rejects_bytes")
+        done = ("file", "row", "rows")
         last = self._shards[-1] if self._shards else dict.fromkeys(done, 0)
-        self.file, self.row, self.rows, self.rejects, size = (last[name] for name in done)
-        path = os.path.join(out, REJECTS)
-        self._rejects_file = open(path, "ab")  # noqa: SIM115 - closed by close
-        if os.path.getsize(path) < size:
-            raise UserError(f"{path}: missing or changed; delete {out} and tokenize again")
-        self._rejects_file.truncate(size)
-        self._rejects_file.seek(0, os.SEEK_END)
+        self.file, self.row, self.rows = (last[name] for name in done)
+        self.rejects = Rejects(out, last)
         self._open: list[BinaryIO] = []  # ids and ends of the shard being written
         self._tokens = self._documents = self._max_id = 0  # of it
 
@@ -242,7 +236,7 @@ class _Job:
         return shards
 
     def _write_journal(self, shards: list[dict[str, Any]]) -> None:
-        convert._write(os.path.join(self._dir, JOURNAL), {"config": self._config, "shards": shards})
+        replace_json(os.path.join(self._dir, JOURNAL), {"config": self._config, "shards": shards})
 
     def add(self, file: int, rows: list[_Row], ids: np.ndarray) -> None:
         """Rows of file number `file`, the next ones, with the ids of all of them."""
@@ -253,9 +247,7 @@ class _Job:
                 self.seal()
             if row.reason:
                 path = self._config["files"][file][0]
-                line = {"file": path, "row": row.number, "reason": row.reason}
-                self._rejects_file.write(json.dumps(line).encode() + b"\n")
-                self.rejects += 1
+                self.rejects.add(file=path, row=row.number, reason=row.reason)
             elif row.tokens:
                 self._write_document(ids[at : at + row.tokens])
                 at += row.tokens
@@ -282,29 +274,23 @@ class _Job:
         paths = self._paths()
         for file, path, size in zip(self._open, paths, shard_sizes(shard), strict=True):
             file.close()
-            written, digest = convert._seal(f"{path}.tmp")
+            written, digest = seal(f"{path}.tmp")
             if written != size:
                 raise UserError(f"{path}.tmp: not all was written; is the disk full?")
             shard["sha256"].append(digest)
         for path in paths:
             os.replace(f"{path}.tmp", path)
-        self._rejects_file.flush()
-        os.fsync(self._rejects_file.fileno())
-        shard |= {"file": self.file, "row": self.row, "rows": self.rows}
-        shard |= {"rejects": self.rejects, "rejects_bytes": self._rejects_file.tell()}
+        shard |= {"file": self.file, "row": self.row, "rows": self.rows} | self.rejects.state()
         self._write_journal([*self._shards, shard])
         self._shards.append(shard)
         self._open, self._tokens, self._documents, self._max_id = [], 0, 0, 0
 
     def too_many(self, max_rejects: float) -> UserError:
-        self._rejects_file.flush()
-        path = os.path.join(self._dir, REJECTS)
-        with open(path, "rb") as f:
-            first = json.loads(f.readline())
+        first = self.rejects.first()
         return UserError(
-            f"{self.rejects} of {self.rows} rows were rejected, more than "
-            f"max_rejects={max_rejects:g} allows; {path} has the reasons, the first is: "
-            f"{first['file']}:{first['row']}: {first['reason']}"
+            f"{self.rejects.count} of {self.rows} rows were rejected, more than "
+            f"max_rejects={max_rejects:g} allows; {self.rejects.path} has the reasons, the first "
+            f"is: {first['file']}:{first['row']}: {first['reason']}"
         )
 
     def finish(self, vocab_size: int) -> dict[str, Any]:
@@ -314,18 +300,19 @@ class _Job:
         manifest: dict[str, Any] = {"version": VERSION, "dtype": IDS.str}
         for key in ("tokens", "documents"):
             manifest[key] = sum(shard[key] for shard in self._shards)
-        manifest |= {"rows": self.rows, "rejects": self.rejects, "vocab_size": vocab_size}
+        manifest |= {"rows": self.rows, "rejects": self.rejects.count, "vocab_size": vocab_size}
         keys = ("tokens", "documents", "max_id", "sha256")
         shards = [{key: shard[key] for key in keys} for shard in self._shards]
         manifest |= {"config": self._config, "shards": shards}
         self.close()
-        convert._write(os.path.join(self._dir, MANIFEST), manifest)
+        replace_json(os.path.join(self._dir, MANIFEST), manifest)
         for name in (JOURNAL, f"{JOURNAL}.tmp"):
             pathlib.Path(self._dir, name).unlink(missing_ok=True)
         return manifest
 
     def close(self) -> None:
-        for file in (*self._open, self._rejects_file):
+        self.rejects.close()
+        for file in self._open:
             file.close()
 
 

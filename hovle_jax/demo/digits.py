@@ -8,18 +8,17 @@ than a random split. Answers are balanced: a blind model scores whatever the ans
 import dataclasses
 import functools
 import glob
-import importlib
 import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hovle_jax.errors import UserError
+from hovle_jax.modules import require
 
 CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")
 QUESTION_TYPES = ("position", "comparison", "yes_no")
@@ -38,19 +37,10 @@ _STROKES = np.stack([np.linspace(0, 1, 256) ** g for g in (1.0, 0.8, 1.3, 1.6)])
 _SLANTS = ((0, 0.0), (-12, 0.0), (12, 0.0), (0, -0.25), (0, 0.25), (-7, 0.15), (7, -0.15))
 
 
-def optional_import(name: str) -> Any:
-    """Imports a module of the `demo` extra, or says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        package = {"sklearn": "scikit-learn"}.get(name.split(".")[0], name.split(".")[0])
-        raise UserError(f'{package} is missing: pip install "hovle-jax[demo]"') from e
-
-
 @functools.cache
 def load_bitmaps() -> tuple[np.ndarray, np.ndarray]:
     """Returns the scans, uint8 [1797, 8, 8], and the digit each one shows, int64 [1797]."""
-    data = optional_import("sklearn.datasets").load_digits()
+    data = require("sklearn.datasets", "demo", "the handwritten digits").load_digits()
     return np.round(data.images * (255 / 16)).astype(np.uint8), np.asarray(data.target, np.int64)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hovle_jax.demo.digits import optional_import
+from hovle_jax.run.plot import pyplot
 
 # {question type: {"accuracy", "blind", "shuffled", "majority", "n"}}, one per arm (ablation).
 ArmResult = dict[str, dict[str, float]]
@@ -68,12 +68,6 @@ def print_table(results: Mapping[str, ArmResult]) -> str:
     return "\n".join(lines)
 
 
-def _pyplot() -> Any:
-    # Agg, because a demo machine rarely has a display.
-    optional_import("matplotlib").use("Agg")
-    return optional_import("matplotlib.pyplot")
-
-
 def _titles(fig: Any, title: str, subtitle: str) -> None:
     """A bold title and a grey line, a fixed distance from the top whatever the figure's height."""
     inches = fig.get_figheight()
@@ -92,7 +86,7 @@ def _smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def _plot_curves(path: str, curves: Mapping[str, Mapping[str, Curve]]) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     stages = list(dict.fromkeys(stage for arm in curves.values() for stage in arm)) or ["(none)"]
     with plt.rc_context(_STYLE):
         fig, axes = plt.subplots(1, len(stages), figsize=(4.2 * len(stages) + 0.2, 4.2))
@@ -136,7 +130,7 @@ def _spread(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _plot_samples(path: str, examples: Sequence[Mapping[str, Any]]) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     examples = _spread(examples)
     columns = 6
     rows = max(1, -(-len(examples) // columns))
@@ -169,7 +163,7 @@ def _plot_samples(path: str, examples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plot_cosine(path: str, cosine_map: Mapping[str, Any]) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     images = list(cosine_map["images"])[:_MAPS]
     maps = {when: np.asarray(cosine_map[when], float) for when in ("before", "after")}
     columns = len(images)

@@ -90,7 +90,7 @@ class ImageStore:
         if self.directory is None:
             return name
         if first and self._scale > 1:
-            return self._enlarged(name, data, where)
+            return self._write(f"{name}.x{self._scale}.png", enlarged(data, where, self._scale))
         kind = next((kind for magic, kind in _MAGIC if data.startswith(magic)), "img")
         return self._write(f"{name}.{kind}", data)
 
@@ -100,15 +100,9 @@ class ImageStore:
         if self.directory is None:
             return path
         if first and self._scale > 1:
-            return self._enlarged(hashlib.sha1(path.encode()).hexdigest()[:20], path, where)
+            name = hashlib.sha1(path.encode()).hexdigest()[:20]
+            return self._write(f"{name}.x{self._scale}.png", enlarged(path, where, self._scale))
         return path
-
-    def _enlarged(self, name: str, ref: str | bytes, where: str) -> str:
-        picture = open_image(ref, where)
-        size = (picture.width * self._scale, picture.height * self._scale)
-        out = io.BytesIO()
-        picture.resize(size, Image.Resampling.BILINEAR).save(out, "PNG")
-        return self._write(f"{name}.x{self._scale}.png", out.getvalue())
 
     def _write(self, name: str, data: bytes) -> str:
         assert self.directory is not None
@@ -118,3 +112,11 @@ class ImageStore:
             part.write_bytes(data)
             part.rename(path)
         return name
+
+
+def enlarged(ref: str | bytes, where: str, scale: int) -> bytes:
+    """An image with `scale` times the width and height, as PNG."""
+    picture, out = open_image(ref, where), io.BytesIO()
+    size = (picture.width * scale, picture.height * scale)
+    picture.resize(size, Image.Resampling.BILINEAR).save(out, "PNG")
+    return out.getvalue()

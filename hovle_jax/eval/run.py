@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +117,28 @@ def answer(
     assistant = Assistant.load(model)
     assistant.tiler = PerImageTiler(assistant.config, assistant.tiler, run.definition.max_tiles)
     _same_settings(run, model, assistant)
-    counts = {len(example.images) for example in examples}
-    thumbnail = int(assistant.tiler.thumbnail)
-    tiles = max(n * (assistant.tiler.limits(n)[1] + thumbnail) for n in counts)
     new = run.definition.new_tokens[run.dialect]
-    need = tiles * assistant.config.tokens_per_tile + TEXT_TOKENS + new
+    tiles, need = room(assistant, examples, new)
     engine = assistant.engine(slots=slots, context=context or need, tiles=tiles)
     target = run.directory / "answers.jsonl"
     _, done, _ = answer_file(assistant, engine, str(questions), str(target), Settings(new))
     return target, done
+
+
+def room(assistant: Assistant, examples: Sequence[Example], new: int) -> tuple[int, int]:
+    """(tiles, tokens) of the largest question with its answer of `new` tokens."""
+    tiler, counts = assistant.tiler, {len(example.images) for example in examples}
+    tiles = max(n * (tiler.limits(n)[1] + int(tiler.thumbnail)) for n in counts)
+    return tiles, tiles * assistant.config.tokens_per_tile + TEXT_TOKENS + new
+
+
+def scored(run: Run, examples: Sequence[Example], answers: Iterable[str]) -> list[Scored]:
+    """What the dialect reads out of each answer, and its score."""
+    reading = run.definition.readings[run.dialect]
+    return [
+        Scored(example, text, *reading(example, text))
+        for example, text in zip(examples, answers, strict=True)
+    ]
 
 
 def _same_settings(run: Run, model: str, assistant: Assistant) -> None:
@@ -166,9 +179,7 @@ def score(run: Run, examples: Sequence[Example], predictions: str) -> dict[str, 
     if len(known) < len(examples):
         first = next(example for example in examples if example.fields.get("answer") is None)
         raise UserError(f"{first.where}: no answer, and {len(known)} other rows have one")
-    reading, rows = task.readings[run.dialect], []
-    for example, text in zip(examples, answers, strict=True):
-        rows.append(Scored(example, text, *reading(example, text)))
+    rows = scored(run, examples, answers)
     with open(run.directory / "scores.jsonl", "w", encoding="utf-8") as file:
         for row in rows:
             line = {"id": row.example.id, "answer": row.answer, "read": row.read}

@@ -8,18 +8,15 @@ Imports VLMEvalKit, so nothing else here imports this file.
 from __future__ import annotations
 
 import functools
-import io
 import os
 import runpy
 from typing import Any
 
-from PIL import Image
 from vlmeval.config import supported_VLM
 from vlmeval.vlm.base import BaseModel
 
-from hovle_jax.data.image import open_image
 from hovle_jax.errors import UserError
-from hovle_jax.eval.examples import Example
+from hovle_jax.eval.examples import Example, enlarged
 from hovle_jax.eval.harness import MAX_TILES, Answerer
 from hovle_jax.eval.prompts import with_images
 from hovle_jax.eval.tasks import TASKS, Task
@@ -84,18 +81,11 @@ class Hovle(BaseModel):  # type: ignore[misc]
         self._answerer.set_tiles(task.max_tiles if task else MAX_TILES)
         images: list[str | bytes] = [x["value"] for x in message if x["type"] == "image"]
         if task and images and (scale := task.upscale.get(DIALECT, 1)) > 1:
-            images[0] = _enlarged(images[0], scale)
+            images[0] = enlarged(images[0], "the question", scale)
         text = "\n".join(x["value"] for x in message if x["type"] == "text")
         text = with_images(text, Example("", {}, ("",) * len(images), dataset or "the question"))
         new = task.new_tokens[DIALECT] if task else 1024
         return self._answerer.answers([(text, images, new)])[0]
-
-
-def _enlarged(ref: str | bytes, scale: int) -> bytes:
-    picture, out = open_image(ref, "the question"), io.BytesIO()
-    size = (picture.width * scale, picture.height * scale)
-    picture.resize(size, Image.Resampling.BILINEAR).save(out, "PNG")
-    return out.getvalue()
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax import model, sharding
-from hovle_jax.config import LayersConfig, ModelConfig
+from hovle_jax.config import ModelConfig
 from hovle_jax.nn.embedding import TextTable
 from hovle_jax.nn.layers import RMSNorm
 from hovle_jax.nn.quantize import quantize_kernels
@@ -29,10 +29,6 @@ from hovle_jax.nn.stack import Layer, places_of, put_together, take_apart
 from hovle_jax.tree import flatten
 
 STACKS = ("embedding", "decoder")
-
-
-def stacks(config: ModelConfig) -> dict[str, LayersConfig]:
-    return {"embedding": config.embedding, "decoder": config.decoder}
 
 
 def unstack(params: Any) -> Any:
@@ -48,7 +44,7 @@ def unstack(params: Any) -> Any:
 
 def restack(params: Any, config: ModelConfig) -> Any:
     """What `unstack` was given."""
-    together = {name: put_together(c, params[name]["layers"]) for name, c in stacks(config).items()}
+    together = {name: put_together(c, params[name]["layers"]) for name, c in config.stacks.items()}
     return _replace_layers(params, together)
 
 
@@ -81,7 +77,7 @@ def _shardings(params: Any, config: ModelConfig, mesh: Any) -> Any:
         keys = [getattr(key, "key", "") for key in path]
         if "" in keys:  # the number of a layer, which lies in a period of several or in no level
             place = keys.index("")
-            size = len(stacks(config)[keys[0]].period)
+            size = len(config.stacks[keys[0]].period)
             keys[place : place + 1] = [f"layer_{path[place].idx % size}"] if size > 1 else []
         axes = axes_of["/".join(keys).removesuffix("_scale")]
         # Without the axis of stacked layers, and the scales of a matrix without its inputs.
@@ -111,7 +107,7 @@ def decode_step(
 def _layers(
     params: Any, x: jax.Array, cache: Any, config: ModelConfig, name: str
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    own = stacks(config)[name]
+    own = config.stacks[name]
     ids = jnp.zeros(x.shape[:2], jnp.int32)
     places = places_of(own, cache[name])
     _, inputs = model.cached_inputs(ids, config, name, cache["lengths"], places)

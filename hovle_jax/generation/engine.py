@@ -18,7 +18,7 @@ import numpy as np
 from hovle_jax.config import ModelConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation import slots as device
-from hovle_jax.generation.decode import STACKS, compute_params, stacks
+from hovle_jax.generation.decode import STACKS, compute_params
 from hovle_jax.generation.prefix import PrefixStore, prefix_key, prefix_length
 from hovle_jax.generation.sampling import MAX_TOP, Sampling, rows
 from hovle_jax.sharding import batch_ways
@@ -111,15 +111,12 @@ class Engine:
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._next = 0
         self._chunk, self._stops = chunk, stops
-        extra = 0
-        if config.shuffle_loc == "post":
-            extra = config.tokens_per_tile * (config.patches_per_token - 1)
-        self._longer = extra  # places a tile takes in the embedding's cache beyond the decoder's
+        self._longer = config.extra_places_per_tile  # in the embedding's cache
         self._tiles = tiles
-        self._capacity = {"embedding": capacity + tiles * extra, "decoder": capacity}
+        self._capacity = {"embedding": capacity + tiles * self._longer, "decoder": capacity}
         self._scaled = any(
             c.rope_scaling == "dynamic" and self._capacity[name] > c.max_positions
-            for name, c in stacks(config).items()
+            for name, c in config.stacks.items()
         )
         # Rotations that depend on the capacity have to be those of decoding, in any prefill.
         self._floor = (floor[0], max(floor[1], tiles) if self._scaled else floor[1])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hovle_jax import model
 from hovle_jax.config import ModelConfig
-from hovle_jax.generation.decode import STACKS, decode_step, restack, stacks
+from hovle_jax.generation.decode import STACKS, decode_step, restack
 from hovle_jax.generation.sampling import MAX_TOP, Array, Rows, Sampling, choose, rows
 from hovle_jax.nn.stack import (
     StateArray,
@@ -76,7 +76,7 @@ def empty(
 ) -> State:
     cache: dict[str, Any] = {}
     for name, size in capacity:
-        cache[name] = empty_cache(stacks(config)[name], slots, size, config.dtype, int8=int8)
+        cache[name] = empty_cache(config.stacks[name], slots, size, config.dtype, int8=int8)
     cache["lengths"] = {name: jnp.zeros(slots, jnp.int32) for name in model.length_names(config)}
     return _pinned(
         config,
@@ -120,7 +120,7 @@ def prefill_prefix(params: Any, batch: Any, *, config: ModelConfig, room: int) -
     def pin(array: StateArray, x: jax.Array) -> jax.Array:
         return constrain(x, "layers", "batch", *array.axes)
 
-    return cache | {name: map_states(c, pin, cache[name]) for name, c in stacks(config).items()}
+    return cache | {name: map_states(c, pin, cache[name]) for name, c in config.stacks.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "drawn", "top"), donate_argnames="state")
@@ -139,7 +139,7 @@ def resume(
     """As `prefill`, of prompts whose first parts are computed: `ids` [n, S] are the rest, of which
     `counts` [n] count."""
     cache: dict[str, Any] = {}
-    for name, c in stacks(config).items():
+    for name, c in config.stacks.items():
         parts = [p[name] for p in prefixes]
         whole = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
         cache[name] = pad_places(c, whole, places_of(c, whole) + ids.shape[1])
@@ -179,7 +179,7 @@ def _enter(
         return old.at[start.slots, : new.shape[1]].set(new)
 
     cache: dict[str, Any] = {"lengths": jax.tree.map(put, state.cache["lengths"], new["lengths"])}
-    for name, c in stacks(config).items():
+    for name, c in config.stacks.items():
         old = state.cache[name]
         entering = tuple(
             as_kept(before, layer) for before, layer in zip(old, take_apart(new[name]), strict=True)
@@ -209,7 +209,7 @@ def decode(
     whole = state.cache
     part = {
         name: map_states(c, lambda s, x, w=w: x[:, :w] if s.grows else x, whole[name])
-        for (name, c), w in zip(stacks(config).items(), windows, strict=True)
+        for (name, c), w in zip(config.stacks.items(), windows, strict=True)
     }
     state = state._replace(cache=part | {"lengths": whole["lengths"]}, active=state.active & keep)
     blank = _blank(len(state.token), config.vocab_size, top)
@@ -280,7 +280,7 @@ def _pinned(config: ModelConfig, state: State) -> State:
     def pin(array: StateArray, x: jax.Array) -> jax.Array:
         return constrain(x, "batch", *array.axes)
 
-    cache = {name: map_states(c, pin, state.cache[name]) for name, c in stacks(config).items()}
+    cache = {name: map_states(c, pin, state.cache[name]) for name, c in config.stacks.items()}
     cache["lengths"] = state.cache["lengths"]
     rest = jax.tree.map(
         lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)),

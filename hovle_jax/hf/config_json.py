@@ -205,7 +205,7 @@ def _beyond_release(s: LayersConfig) -> dict[str, Any]:
 
 def _check_exported(c: ModelConfig) -> None:
     """What `hf/remote` computes."""
-    for name, stack in (("embedding", c.embedding), ("decoder", c.decoder)):
+    for name, stack in c.stacks.items():
         for field, known in (("mask", IMAGE_MASKS), ("positions", IMAGE_POSITIONS)):
             value = getattr(stack, field)
             if value not in known:

@@ -16,8 +16,7 @@ from hovle_jax.config import ModelConfig
 
 def stretched_rows(config: ModelConfig, mask: np.ndarray, extra: int = 0) -> np.ndarray:
     """bool [B]: rows whose padding changes the reference's dynamic rope."""
-    stacks = (config.embedding, config.decoder)
-    trained = [s.max_positions for s in stacks if s.rope_scaling == "dynamic"]
+    trained = [s.max_positions for s in config.stacks.values() if s.rope_scaling == "dynamic"]
     if not trained or mask.shape[1] + extra <= min(trained):
         return np.zeros(len(mask), bool)
     return np.asarray(~mask.all(axis=1))
@@ -32,9 +31,7 @@ def rescales(
         longest = max(len(p) + x for p, x in zip(prompts, extra, strict=True)) + new
         return stack.rope_scaling == "dynamic" and longest > stack.max_positions
 
-    grown = config.tokens_per_tile * (config.patches_per_token - 1)
-    post = config.shuffle_loc == "post"
-    extra = [len(t) * grown if post else 0 for t in tiles]
+    extra = [len(t) * config.extra_places_per_tile for t in tiles]
     return reaches(config.embedding, extra) or reaches(config.decoder, [0] * len(prompts))
 
 

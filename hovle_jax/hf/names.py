@@ -17,7 +17,7 @@ from hovle_jax.hf.rows import Arrays, Row, conv, linear, reshaped, same, unused
 
 def _known(c: ModelConfig) -> None:
     """Hugging Face files, and the exported code that reads them, know these parts only."""
-    for name, stack in (("embedding", c.embedding), ("decoder", c.decoder)):
+    for name, stack in c.stacks.items():
         if other := [kind for kind in stack.types if kind != "attention"]:
             raise UserError(
                 f"model.{name}.layer_types: the exported format knows 'attention' only, not "

@@ -63,7 +63,6 @@ class HubDirectory:
     """An opened Hugging Face directory; nothing but headers has been read."""
 
     path: Path
-    raw: dict[str, Any]
     data: DataConfig | None  # chat template and tile limits, of models that have them
     parts: dict[str, Part]  # by "model" and "teacher"
     tensors: dict[str, Tensor]
@@ -194,7 +193,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
     config = parts["model"].config
     assert isinstance(config, ModelConfig)
     check_ids(config, path)
-    return HubDirectory(path, dict(raw), data, parts, tensors)
+    return HubDirectory(path, data, parts, tensors)
 
 
 def _open_teacher(path: Path, raw: Section, form: HubTeacher) -> HubDirectory:
@@ -204,7 +203,7 @@ def _open_teacher(path: Path, raw: Section, form: HubTeacher) -> HubDirectory:
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from None
     part = Part(config, tuple(form.rows(config, tensors)))
-    return HubDirectory(path, dict(raw), None, {"teacher": part}, tensors, form.ignored)
+    return HubDirectory(path, None, {"teacher": part}, tensors, form.ignored)
 
 
 def _parts(

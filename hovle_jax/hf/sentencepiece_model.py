@@ -133,6 +133,3 @@ def unsupported(what: str) -> UserError:
         f"the SentencePiece model has {what}, which tokenizer.json cannot reproduce; export "
         "without a fast tokenizer"
     )
-
-
-# --- Special tokens ----------------------------------------------------------------------------

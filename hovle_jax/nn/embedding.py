@@ -138,7 +138,7 @@ def long_stream(short: Stream, num_tiles: int, config: ModelConfig) -> Stream:
     Needs positions that count up by one inside each segment, which is what a segment is.
     """
     ratio = config.patches_per_token
-    length = short.ids.shape[1] + num_tiles * config.tokens_per_tile * (ratio - 1)
+    length = short.ids.shape[1] + num_tiles * config.extra_places_per_tile
     width = jnp.where(short.ids == config.img_context_id, ratio, 1)
     ends = jnp.cumsum(width, axis=1)
     starts = ends - width

@@ -313,11 +313,7 @@ class _Written:
     """Orbax's future of all writes of this host, and of what follows on them."""
 
     def __init__(self, writes: list[Any], then: Any, failed: Any):
-        self._writes, self._then, self._failed = (
-            ocp.future.ChainedFuture(writes, then),
-            then,
-            failed,
-        )
+        self._writes, self._failed = ocp.future.ChainedFuture(writes, then), failed
 
     def result(self, timeout: float | None = None) -> None:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from hovle_jax.config import GuardConfig
 from hovle_jax.errors import UserError
+from hovle_jax.output import replace_json
 from hovle_jax.run.agreement import exchange, odd_ones
 from hovle_jax.run.array_digests import digests
 from hovle_jax.tree import flatten
@@ -115,9 +115,7 @@ class ParameterGuard:
         if self._frozen and not self._known:
             self._known = {path: mine[path] for path in self._frozen}
             if jax.process_index() == 0:
-                temporary = self._path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(self._known, indent=1) + "\n")
-                os.replace(temporary, self._path)
+                replace_json(self._path, self._known)
 
     def _moved(self, mine: Mapping[str, str]) -> str:
         """Which frozen parameter is another than at the beginning; '' if none is. The first host

@@ -79,7 +79,7 @@ def connect(
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "must be called before" in str(error):
             raise  # a mistake of the caller's program, not of its user
-        reason = str(error).partition("\n")[0][:300]
+        reason = one_line(error)[:300]
         raise UserError(
             f"{socket.gethostname()}: the hosts of the run did not find each other within "
             f"{start_timeout} s ({reason}); {_START}"
@@ -237,7 +237,7 @@ def _peers(late: Callable[[], str]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" in str(error):
             raise UserError(late()) from None
-        raise UserError(lost_peer(error) or str(error).partition("\n")[0]) from None
+        raise UserError(lost_peer(error) or one_line(error)) from None
 
 
 def _some(hosts: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hovle_jax.errors import UserError
+from hovle_jax.modules import require
 from hovle_jax.run.goodput import PHASES, goodput, split_time
 from hovle_jax.run.metrics import read_metrics
 
@@ -93,11 +93,8 @@ def write_plot(path: Path, runs: Sequence[RunRecord]) -> None:
 
 
 def pyplot() -> Any:
-    try:
-        importlib.import_module("matplotlib").use("Agg")  # machines that train have no display
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise UserError("matplotlib is missing: pip install 'hovle-jax[demo]'") from error
+    require("matplotlib", "demo", "a plot").use("Agg")  # machines that train have no display
+    return require("matplotlib.pyplot", "demo", "a plot")
 
 
 def _columns(rows: Rows, prefixes: Iterable[str]) -> list[str]:

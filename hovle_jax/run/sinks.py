@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hovle_jax.config import RunConfig, to_dict
-from hovle_jax.errors import UserError
+from hovle_jax.modules import require
 
 
 class Sink(Protocol):
@@ -34,20 +34,11 @@ def open_sinks(config: RunConfig, workdir: Path, done: int) -> list[Sink]:
     return sinks
 
 
-def _library(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"config.{extra}: {name} is missing: pip install 'hovle-jax[{extra}]'"
-        ) from error
-
-
 class TensorBoard:
     """One event per row: one for each number, as `SummaryWriter` makes them, takes 2 ms a step."""
 
     def __init__(self, workdir: Path, done: int):
-        events = _library("tensorboardX", "tensorboard")
+        events = require("tensorboardX", "tensorboard", "config.tensorboard")
         self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
         self._summary = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
         # Of files of the same name, as made in the same second, the later would replace the other.
@@ -73,7 +64,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, config: RunConfig, workdir: Path):
-        self._run = _library("wandb", "wandb").init(
+        self._run = require("wandb", "wandb", "config.wandb").init(
             project=config.wandb,
             id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
             name=workdir.name,

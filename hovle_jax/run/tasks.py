@@ -14,9 +14,8 @@ from hovle_jax.errors import UserError
 from hovle_jax.eval.examples import Example, ImageStore
 from hovle_jax.eval.harness import Asked, answers
 from hovle_jax.eval.prompts import with_images
-from hovle_jax.eval.run import TEXT_TOKENS, read_examples
 from hovle_jax.eval.run import Run as Benchmark
-from hovle_jax.eval.tally import Scored
+from hovle_jax.eval.run import read_examples, room, scored
 from hovle_jax.eval.tasks import check
 from hovle_jax.generation.chat import Assistant, PerImageTiler
 from hovle_jax.generation.engine import slot_groups
@@ -82,19 +81,12 @@ class Tasks:
         own, row = assistant.tiler, {}
         for name, (benchmark, examples) in self._tasks.items():
             task = benchmark.definition
-            tiler = PerImageTiler(config.model, own, task.max_tiles)
-            assistant.tiler = tiler
-            counts = {len(example.images) for example in examples}
-            tiles = max(n * (tiler.limits(n)[1] + int(tiler.thumbnail)) for n in counts)
-            room = tiles * config.model.tokens_per_tile + TEXT_TOKENS + config.eval_tokens
+            assistant.tiler = PerImageTiler(config.model, own, task.max_tiles)
+            tiles, tokens = room(assistant, examples, config.eval_tokens)
             groups = slot_groups(run.mesh)
-            engine = assistant.engine(slots=SLOTS_PER_GROUP * groups, context=room, tiles=tiles)
+            engine = assistant.engine(slots=SLOTS_PER_GROUP * groups, context=tokens, tiles=tiles)
             made = answers(assistant, engine, self._questions(benchmark, examples), after_step)
-            reading = task.readings[benchmark.dialect]
-            rows = [
-                Scored(example, text, *reading(example, text))
-                for example, text in zip(examples, made, strict=True)
-            ]
+            rows = scored(benchmark, examples, made)
             row[f"task/{name}"] = task.tally(rows, benchmark.dialect).score()[task.metric]
         return row | {"task_seconds": time.monotonic() - begin}
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from hovle_jax import distill, lora, sharding, train_step
 from hovle_jax.config import RunConfig
-from hovle_jax.errors import UserError
+from hovle_jax.errors import UserError, one_line
 from hovle_jax.stages import get_stage
 from hovle_jax.tpu import chips, hlo
 from hovle_jax.tpu.chips import Chip
@@ -80,7 +80,7 @@ def topology(name: str, slices: int = 1) -> Topology:
             f"--topology: needs libtpu; pip install 'hovle-jax[tpu]' ({error})"
         ) from None
     except Exception as error:  # jaxlib raises several types for a shape it does not know
-        line = str(error).splitlines()[0][:200]
+        line = one_line(error)[:200]
         raise UserError(f"--topology: {name!r} with {slices} slices: {line}") from None
     return Topology(name, chip, slices, tuple(found.devices))
 
@@ -170,7 +170,7 @@ def make_plan(config: RunConfig, target: Topology) -> Plan:
     try:
         compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"{target.name}: {_reason(str(error))}") from None
+        raise UserError(f"{target.name}: {_reason(error)}") from None
     seconds = time.monotonic() - begin
     stats = compiled.memory_analysis()
     text = compiled.as_text()
@@ -208,9 +208,9 @@ def state_bytes(config: RunConfig) -> float:
     return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves))
 
 
-def _reason(message: str) -> str:
-    found = re.search(r"[^.\n]*(?:Ran out of memory|exceeds)[^\n]*", message)
-    return f"does not compile: {found.group(0).strip() if found else message.splitlines()[0]}"[:300]
+def _reason(error: Exception) -> str:
+    found = re.search(r"[^.\n]*(?:Ran out of memory|exceeds)[^\n]*", str(error))
+    return f"does not compile: {found.group(0).strip() if found else one_line(error)}"[:300]
 
 
 # The matrices behind each term of `model_flops`.
@@ -231,7 +231,7 @@ def model_flops(config: RunConfig, *, backward: bool = True) -> float:
     c, data, stage = config.model, config.data, get_stage(config.stage)
     rows, tokens, tiles = data.rows, data.tokens, data.tiles
     patches = tiles * c.grid**2
-    long = tokens + (patches - tiles * c.tokens_per_tile if c.shuffle_loc == "post" else 0)
+    long = tokens + tiles * c.extra_places_per_tile
     vision = 2.0 * patches * 3 * c.patch_size**2 * c.hidden_size
     vision += 2.0 * tiles * c.tokens_per_tile * c.compressor_params
     forward = {

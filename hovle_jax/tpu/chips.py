@@ -28,7 +28,6 @@ class Chip:
     peak_flops: float  # bfloat16, per second
     clock_hz: float  # of the cycles the compiler estimates; v6e and tpu7x are inferred
     hbm_bytes: float  # what the compiler lets a program use
-    hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float  # bytes per second, one link, one way
     torus_axes: int
     network_bandwidth: float  # bytes per second between slices: a device's share of its host's
@@ -79,15 +78,15 @@ EACH_REDUCTION_ALONE = Option(
     "is left to compute meanwhile; so each begins when it is made (those under 1 MiB together)",
 )
 
-# name, kind, peak, clock, memory, its bandwidth, link bandwidth, torus axes, network
+# name, kind, peak, clock, memory, link bandwidth, torus axes, network
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 1.05e9, 31.25 * GIB, 1.23e12, 4.5e10, 3, 6.25e9),
-        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 15.75 * GIB, 8.1e11, 4.5e10, 2, 3.125e9),
-        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95.74 * GIB, 2.765e12, 9e10, 3, 6.25e9),
-        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 31.25 * GIB, 1.64e12, 9e10, 2, 1.25e10),
-        Chip("tpu7x", "TPU7x", 1153.5e12, 2.2e9, 94.75 * GIB, 3.69e12, 9e10, 3, 6.25e9, 2),
+        Chip("v4", "TPU v4", 275e12, 1.05e9, 31.25 * GIB, 4.5e10, 3, 6.25e9),
+        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 15.75 * GIB, 4.5e10, 2, 3.125e9),
+        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95.74 * GIB, 9e10, 3, 6.25e9),
+        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 31.25 * GIB, 9e10, 2, 1.25e10),
+        Chip("tpu7x", "TPU7x", 1153.5e12, 2.2e9, 94.75 * GIB, 9e10, 3, 6.25e9, 2),
     )
 }
 """Clock and peak agree with the compiler's own estimate of one large matrix product to within 3 %

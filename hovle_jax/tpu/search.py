@@ -17,6 +17,7 @@ from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.tpu import aot
 from hovle_jax.tpu.aot import Plan, Topology
+from hovle_jax.typed import changed
 
 ROWS = (1, 2, 4, 8)  # a device
 # From keeping everything that helps to recomputing everything: the first that fits is the fastest.
@@ -58,7 +59,7 @@ def search(
     trials: list[Trial] = []
 
     def attempt(changes: dict[str, Any]) -> Trial:
-        candidate = changed(config, changes)
+        candidate = changed(config, changes, "--search")
         try:
             trial = Trial(changes, candidate, compile_step(candidate, target))
         except UserError as error:
@@ -83,13 +84,6 @@ def search(
             attempt(best.changes | choice)
         best = _fastest(trials, target)
     return sorted(trials, key=lambda t: -t.tokens_per_second)
-
-
-def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """`config` with other values, by dotted names."""
-    raw = config.to_config_dict()
-    raw.update_from_flattened_dict(changes)
-    return RunConfig.from_config_dict(raw)
 
 
 def _fastest(trials: list[Trial], target: Topology) -> Trial:

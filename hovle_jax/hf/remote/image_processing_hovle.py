@@ -41,10 +41,10 @@ def choose_grid(width, height, image_size, min_tiles, max_tiles):
 
 
 def resize(image, width, height):
-    """Bicubic resize of a PIL image, equal to Pillow <= 12 under any Pillow.
+    """Bicubic resize of a PIL image, equal to Pillow <= 12.3 under any Pillow.
 
-    Pillow rounds to uint8 between its two passes, so their order shows in the pixels. Up to 12 the
-    horizontal pass came first, as when the model was trained; Pillow 13 swaps them for some
+    Pillow rounds to uint8 between its two passes, so their order shows in the pixels. Up to 12.3
+    the horizontal pass came first, as when the model was trained; Pillow 13 swaps them for some
     sizes. One call per axis fixes the order.
     """
     bicubic = Image.Resampling.BICUBIC
