@@ -16,8 +16,9 @@ from hovle_jax.data.sources import open_meta
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
 from hovle_jax.study import report, run
-from hovle_jax.study.plan import STAGES, Arm, Sizes, Study, changed, read_study
+from hovle_jax.study.plan import STAGES, Arm, Sizes, Study, read_study
 from hovle_jax.study.tasks import TASKS, Files, write
+from hovle_jax.typed import changed
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -8,7 +8,6 @@ Changes are keys of `RunConfig` and their values, "optim.b2", or of one stage, "
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hovle_jax.config import RunConfig, to_dict
+from hovle_jax.config import to_dict
 from hovle_jax.errors import UserError
 from hovle_jax.modules import load_module
 
@@ -101,19 +100,3 @@ def read_study(path: str | Path) -> Study:
     if not isinstance(study, Study):
         raise UserError(f"{path}: needs a function get_study() that returns a hovle_jax Study")
     return study
-
-
-def changed(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunConfig:
-    """`config` with some keys replaced; UserError names one it has not."""
-    raw = to_dict(config)
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        node = raw
-        for name in parents:
-            node = node.get(name)
-            if not isinstance(node, dict):
-                raise UserError(f"{where}: {key!r}: {name!r} is no section of a config")
-        if leaf not in node:
-            raise UserError(f"{where}: {key!r} is no key of a config")
-        node[leaf] = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return RunConfig.from_config_dict(raw)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +35,13 @@ from hovle_jax.demo import settings, standins
 from hovle_jax.demo.score import answer_all
 from hovle_jax.errors import UserError
 from hovle_jax.generation.chat import Assistant, Question
+from hovle_jax.output import replace_json
 from hovle_jax.stages import get_stage
 from hovle_jax.study import report
-from hovle_jax.study.plan import Arm, Study, changed
+from hovle_jax.study.plan import Arm, Study
 from hovle_jax.study.tasks import TASKS, Files, Task, write
 from hovle_jax.train import train
+from hovle_jax.typed import changed
 
 LAYERS = LayersConfig(
     num_layers=2,
@@ -105,10 +106,7 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     begin = time.process_time()
     body = make()
     body["cpu_seconds"] = time.process_time() - begin
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(body) + "\n")
-    os.replace(temporary, path)
+    replace_json(path, body)
     return body
 
 
