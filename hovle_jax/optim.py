@@ -70,7 +70,10 @@ def group_norms(config: OptimConfig, gradient: dict[str, Any]) -> dict[str, jax.
 def make_optimizer(
     config: OptimConfig, steps: int, params: dict[str, Any]
 ) -> optax.GradientTransformation:
-    """config.name over `params` (arrays or shapes): the trainable ones, nothing else."""
+    """config.name over `params` (arrays or shapes): the trainable ones, nothing else.
+
+    Its state is a tuple, of which the last is the schedule's count of steps.
+    """
     per_group = {
         str(i): optax.chain(optax.add_decayed_weights(g.weight_decay), optax.scale(g.lr_scale))
         for i, g in enumerate(config.groups)

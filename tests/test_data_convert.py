@@ -83,12 +83,13 @@ def test_parts_keep_their_limits_and_how_often_they_come(tmp_path):
         (found,) = sources.open_meta(str(tmp_path / "meta.json"))
         return len(found.source), found.source.max_tiles, found.repeat
 
-    with pytest.raises(UserError, match=r"out: its parts have different tile limits .*out#few,"):
-        opened(annotation="out")
-    with pytest.raises(UserError, match="parts few, many have different repeat_time"):
-        opened(annotation="out", max_dynamic_patch=2)
-    assert opened(annotation="out", max_dynamic_patch=2, repeat_time=1) == (13, 2, 1)
-    assert opened(annotation="out#few") == (4, 1, 3)
+    for path in ("out", "out/*.array_record"):
+        with pytest.raises(UserError, match="its parts have different tile limits .*DIRECTORY#PAR"):
+            opened(annotation=path)
+        with pytest.raises(UserError, match="its parts have different repeat_time"):
+            opened(annotation=path, max_dynamic_patch=2)
+        assert opened(annotation=path, max_dynamic_patch=2, repeat_time=1) == (13, 2, 1)
+    assert opened(annotation="out#few") == opened(annotation="out/few-*.array_record") == (4, 1, 3)
     assert opened(annotation="out#many") == (9, 3, 0.5)
     assert opened(annotation="out#many", max_dynamic_patch=2, repeat_time=2) == (9, 2, 2)
     with pytest.raises(UserError, match="no part 'x'; there are few, many"):
@@ -178,6 +179,7 @@ def test_a_full_disk(tmp_path):
         {"sources": []},
         {"sources": {"rows": {}}},
         {"sources": {"rows": {"max_tiles": "4", "shards": []}}},
+        {"config": {"repeat_time": {"rows": []}}},
         {"sources": {"rows": {"max_tiles": 4, "shards": [{"file": "a", "records": -1}]}}},
         {"sources": {"rows": {"max_tiles": 4, "shards": [{"file": "a", "records": "1"}]}}},
     ],

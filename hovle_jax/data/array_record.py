@@ -76,31 +76,33 @@ class ArrayRecordSource:
         is the manifest's unless given. UserError if a shard is unreadable, nothing is there, or
         parts have different limits and none is given.
         """
-        self.repeats: dict[str, float] = {}  # by part, where it was converted with one
-        self.name, self.max_tiles, self._images_only = name, max_tiles, images_only
+        self.name, self._images_only = name, images_only
         manifest = read_manifest(path)
         if manifest is None:
             if part is not None:
                 raise UserError(f"{path}: no {MANIFEST}, so no part {part!r}")
             self._paths = files.expand(path, ".array_record")
             counts = [open_shard(shard).num_records() for shard in self._paths]
+            given: dict[str, tuple[int | None, float]] = {}
+            for directory in sorted({os.path.dirname(shard) for shard in self._paths}):
+                given |= _given(directory, read_manifest(directory))
         else:
-            parts = manifest["sources"]
+            parts, given = manifest["sources"], _given(path, manifest)
             if part is not None and part not in parts:
                 raise UserError(f"{path}: no part {part!r}; there are {', '.join(parts)}")
             chosen = list(parts.values()) if part is None else [parts[part]]
-            limits = {p["max_tiles"] for p in chosen}
-            if max_tiles is None and len(limits) > 1:
-                raise UserError(
-                    f"{path}: its parts have different tile limits (max_dynamic_patch); name each "
-                    f"by itself, as {path}#{next(iter(parts))}, or give one for all"
-                )
-            self.max_tiles = limits.pop() if max_tiles is None and limits else max_tiles
-            repeats = manifest["config"].get("repeat_time", {})
-            self.repeats = {n: repeats.get(n, 1) for n in (parts if part is None else [part])}
             shards = [shard for p in chosen for shard in p["shards"]]
             self._paths = [os.path.join(path, shard["file"]) for shard in shards]
             counts = [shard["records"] for shard in shards]
+        found = {given.get(shard, (None, 1.0)) for shard in self._paths}
+        limits = {limit for limit, _ in found}
+        if max_tiles is None and len(limits) > 1:
+            raise UserError(
+                f"{path}: its parts have different tile limits (max_dynamic_patch); name each by "
+                "itself, as DIRECTORY#PART, or give one for all"
+            )
+        self.max_tiles = limits.pop() if max_tiles is None and limits else max_tiles
+        self.repeats = {repeat for _, repeat in found}  # how often the parts were to come
         self._starts = np.cumsum([0, *counts], dtype=np.int64)
         if not len(self):
             raise UserError(f"{path}: no records")
@@ -131,6 +133,18 @@ class ArrayRecordSource:
         return dataclasses.replace(record, turns=())
 
 
+def _given(directory: str, manifest: dict[str, Any] | None) -> dict[str, tuple[int | None, float]]:
+    """{path of a shard: (tile limit, repeat_time) of what it was converted from}."""
+    if manifest is None:
+        return {}
+    repeats = manifest["config"].get("repeat_time", {})
+    return {
+        os.path.join(directory, shard["file"]): (part["max_tiles"], repeats.get(name, 1.0))
+        for name, part in manifest["sources"].items()
+        for shard in part["shards"]
+    }
+
+
 def open_shard(path: str) -> Any:
     from array_record.python import array_record_module
 
@@ -158,6 +172,8 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
         parts = manifest["sources"].values()
         shards = [shard for part in parts for shard in part["shards"]]
         ok = manifest["version"] == VERSION and isinstance(manifest["config"], dict)
+        repeats = manifest["config"].get("repeat_time", {})
+        ok = ok and all(isinstance(repeat, int | float) for repeat in repeats.values())
         ok = ok and all(isinstance(part["max_tiles"], int | None) for part in parts)
         ok = ok and all(
             isinstance(s["file"], str) and s["records"] > 0 <= s["bytes"] for s in shards

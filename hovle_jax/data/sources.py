@@ -272,13 +272,13 @@ def _repeat_of(source: Source, where: str) -> float:
     Raises:
       UserError: its parts differ, so that one entry cannot say it.
     """
-    repeats = source.repeats if isinstance(source, ArrayRecordSource) else {}
-    if len(set(repeats.values())) > 1:
+    repeats = source.repeats if isinstance(source, ArrayRecordSource) else set()
+    if len(repeats) > 1:
         raise UserError(
-            f"{where}: its parts {', '.join(repeats)} have different repeat_time; give each an "
-            "entry of its own with 'annotation': 'DIRECTORY#PART', or this one a repeat_time"
+            f"{where}: its parts have different repeat_time; give each an entry of its own with "
+            "'annotation': 'DIRECTORY#PART', or this one a repeat_time"
         )
-    return next(iter(repeats.values()), 1)
+    return next(iter(repeats), 1.0)
 
 
 def _flag(entry: dict[str, Any], key: str, where: str) -> bool:
