@@ -13,7 +13,8 @@ from hovle_jax.study.plan import Arm, Study
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def get_study():
+def arms(instruct=300):
+    """instruct: steps of stage III; late unfreezing keeps the LLM frozen in the first half."""
     load_plugins([str(ROOT / "examples" / "stage.py")])
     bidirectional = {"model.embedding.mask": "bidirectional"}
     plane = {"model.embedding.positions": "2d"}
@@ -22,18 +23,19 @@ def get_study():
     late = {
         "late:data.meta": "{instruct}",
         "late:trainable": "embedding/.*",
-        "late:steps": 150,
-        "instruct:steps": 150,
+        "late:steps": instruct // 2,
+        "instruct:steps": instruct // 2,
     }
-    return Study(
-        "What helps beyond the paper?",
-        (
-            Arm("paper"),
-            Arm("bidirectional in images", bidirectional),
-            Arm("plane positions", plane),
-            Arm("multi-layer distillation", layers),
-            Arm("text mixed in", text),
-            Arm("late unfreezing", late, stages=("distill", "align", "late", "instruct")),
-            Arm("first three", bidirectional | plane | layers),
-        ),
+    return (
+        Arm("paper"),
+        Arm("bidirectional in images", bidirectional),
+        Arm("plane positions", plane),
+        Arm("multi-layer distillation", layers),
+        Arm("text mixed in", text),
+        Arm("late unfreezing", late, stages=("distill", "align", "late", "instruct")),
+        Arm("first three", bidirectional | plane | layers),
     )
+
+
+def get_study():
+    return Study("What helps beyond the paper?", arms())
