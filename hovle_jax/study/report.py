@@ -113,6 +113,12 @@ def draw(path: Path, body: dict[str, Any]) -> None:
     plt = pyplot()
     results = body["results"]
     arms = list(next(iter(results.values())))
+    lowest = min(
+        min(*found["accuracy"], *(found["interval"] or ()))
+        for task in results.values()
+        for found in task.values()
+    )
+    left = max(math.floor(lowest * 10) / 10, 0)  # of all panels: arms near the top differ, too
     size = (2.2 + 3.3 * len(results), 0.9 + 0.34 * len(arms))
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = plt.subplots(
@@ -127,7 +133,7 @@ def draw(path: Path, body: dict[str, Any]) -> None:
                 axes.plot([found[arm]["mean"]], [row], "o", color=_COLOUR, markersize=5)
             axes.set_title(task, loc="left", fontweight="bold")
             axes.set_yticks(range(len(arms)), arms)
-            axes.set_xlim(-0.02, 1.02)
+            axes.set_xlim(left - 0.02, 1.02)
             axes.grid(axis="x", color="#e6e9ed", linewidth=0.7)
             axes.set_xlabel("held-out questions answered exactly")
         panels[0][0].invert_yaxis()
