@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Stages I, II and III, one after the other; the same command again goes on where it stopped.
 #   bash launch/stages.sh [--dry-run] [--retries N] [--config.KEY=VALUE ...]
-# Settings, from the environment or from the files named by SETTINGS (launch/example.env says
-# what each is): RUNS TOKENIZER LLM TEACHER IMAGES ALIGN INSTRUCT; optional: MODEL, INDEX, ARGS1, ARGS2, ARGS3,
-# TEXT (stage I: text in place of random tokens), CONFIGS (their directory), STAGES ("1 2 3"; one
-# of your own by its config, "1 2 2_late 3" for CONFIGS/stage2_late.py with ARGS2_late),
-# CONNECT (--coordinator HOST:PORT --processes N --process I, where hosts do not find each other).
+# Settings, from the environment or the files named by SETTINGS (launch/example.env says what each
+# is): RUNS TOKENIZER LLM TEACHER IMAGES ALIGN INSTRUCT; optional: MODEL, INDEX, ARGS1, ARGS2, ARGS3,
+# TEXT (stage I: in place of random tokens), CONFIGS (their directory), STAGES ("1 2 3"; one of your
+# own by its config, "1 2 2_late 3" for CONFIGS/stage2_late.py with ARGS2_late), CONNECT
+# (--coordinator HOST:PORT --processes N --process I, where hosts do not find each other).
 # A stage that ended with status 75 has saved a checkpoint and is run again, up to N times (100).
 # SIGTERM is passed on, and this script then ends with 75, too. Other statuses are the stage's own.
 set -euo pipefail
@@ -29,12 +29,14 @@ if [ -n "${INDEX:-}" ]; then # lengths are looked up at random, which no mounted
 fi
 read -ra connect <<<"${CONNECT:-}"
 
-stopped='' child=''
+stopped='' child='' previous=''
 stop() {
   stopped=1
   [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
 }
 trap stop TERM INT
+
+await() { status=0 && wait "$child" || status=$?; }
 
 train() { # STAGE CONFIG ARGUMENT...: one stage, unless the same command has finished before
   local stage=$1 config=${CONFIGS:-configs}/$2.py:${MODEL:-hovle_2b} more=ARGS$1 args tries=0 status
@@ -47,23 +49,15 @@ train() { # STAGE CONFIG ARGUMENT...: one stage, unless the same command has fin
     return
   fi
   if [ -n "$DRY_RUN" ]; then
-    run "${command[@]}" "${connect[@]}"
-    return
+    run "${command[@]}" "${connect[@]}" && return
   fi
   while :; do
     [ -z "$stopped" ] || exit 75
     # In the background: bash handles a signal only when what it runs in front has ended.
     "${command[@]}" "${connect[@]}" &
-    child=$! status=0
-    wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the stage
-      status=0
-      wait "$child" || status=$?
-    done
-    if [ -n "$stopped" ]; then # the status may still be that of the interrupted wait
-      status=0
-      wait "$child" || status=$?
-    fi
+    child=$! && await
+    while kill -0 "$child" 2>/dev/null; do await; done # a signal ended the wait, not the stage
+    [ -z "$stopped" ] || await # the status may still be that of the interrupted wait
     child=''
     case $status in
       0) break ;;
@@ -77,7 +71,6 @@ train() { # STAGE CONFIG ARGUMENT...: one stage, unless the same command has fin
 }
 
 [ -n "$DRY_RUN" ] || mkdir -p "$RUNS"
-previous=''
 for stage in ${STAGES:-1 2 3}; do
   case $stage in
     1)
@@ -98,7 +91,6 @@ for stage in ${STAGES:-1 2 3}; do
         "--config.init.previous=$RUNS/stage${previous:-2}"
       ;;
     *)
-      [ -f "${CONFIGS:-configs}/stage$stage.py" ] || fail "STAGES: no ${CONFIGS:-configs}/stage$stage.py"
       [ -n "$previous" ] || fail "STAGES: name the stage before $stage, too"
       train "$stage" "stage$stage" "--config.init.previous=$RUNS/stage$previous"
       ;;

@@ -222,7 +222,6 @@ def test_a_stage_of_ones_own_between_two_others(tools, settings, tmp_path):
     assert "--config.data.meta=/bucket/late.json" in late
     assert f"--config.init.previous={tmp_path}/runs/stage2" in late
     assert f"--config.init.previous={tmp_path}/runs/stage2_late" in last
-    assert "no configs/stage4.py" in fake.run("stages.sh", **env | {"STAGES": "4"}).stderr
     alone = fake.run("stages.sh", **env | {"STAGES": "2_late"})
     assert alone.returncode != 0 and "name the stage before" in alone.stderr
 
