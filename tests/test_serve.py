@@ -181,7 +181,7 @@ def test_seed_stop_and_logprobs(client):
     assert text_of(ask(client, **drawn, seed=7)) == text_of(ask(client, **drawn, seed=7))
     assert text_of(ask(client, **drawn)) != text_of(ask(client, **drawn))
     whole = text_of(ask(client, max_tokens=20))
-    stop = whole[5:8]
+    stop = whole[5:8].strip()  # a space may also open the answer, where it is not shown
     cut = ask(client, max_tokens=20, stop=[stop, "never there"])
     assert text_of(cut) == whole[: whole.index(stop)].strip()
     assert cut["choices"][0]["finish_reason"] == "stop"

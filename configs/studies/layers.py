@@ -11,5 +11,5 @@ from hovle_jax.study.plan import Arm, Study
 def get_study():
     return Study(
         "How many holistic layers?",
-        tuple(Arm(f"{n} layers", {"model.embedding.num_layers": n}) for n in (2, 1, 4)),
+        tuple(Arm(f"{n} of them", {"model.embedding.num_layers": n}) for n in (2, 1, 4)),
     )

@@ -114,7 +114,7 @@ def draw(path: Path, body: dict[str, Any]) -> None:
     results = body["results"]
     arms = list(next(iter(results.values())))
     lowest = min(
-        min(*found["accuracy"], *(found["interval"] or ()))
+        min([*found["accuracy"], *(found["interval"] or ())])
         for task in results.values()
         for found in task.values()
     )
