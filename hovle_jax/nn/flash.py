@@ -90,18 +90,6 @@ def _held(visits: jax.Array) -> jax.Array:
     return jnp.where(last < 0, first, last)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
-    reach: jax.Array,
-    interpret: bool,
-) -> jax.Array:
-    return _forward(q, k, v, segment_ids, reach, interpret)[0]
-
-
 def _forward(
     q: jax.Array,
     k: jax.Array,
@@ -257,6 +245,7 @@ def _backward(interpret: bool, saved: Any, dout: jax.Array) -> Any:
     return dq, dk, dv, None, None
 
 
+_attend = jax.custom_vjp(lambda *operands: _forward(*operands)[0], nondiff_argnums=(5,))
 _attend.defvjp(_forward, _backward)
 
 
