@@ -29,7 +29,8 @@ settings() { # TOPOLOGY MODEL: sets tokens, tiles, remat, chunk, rows
     v6e:*) remat=mixed ;; # its matrix units outrun its memory: less to read is faster
     v5p:*) rows=2 ;;      # gathers, which nothing hides there, cost as much for one
   esac
-  case $2 in hovle_hd) tokens=8192 tiles=13 remat=full chunk=1024 rows=1 ;; esac
+  case $2 in hovle_hd) tokens=8192 tiles=13 rows=1 ;; esac
+  case $1$2 in v5e:*hovle_hd) remat=mixed ;; esac # `products` needs 27 GiB
 }
 
 plan() { # TOPOLOGY MODEL STAGE

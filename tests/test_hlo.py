@@ -5,6 +5,7 @@ The expected figures are worked out by hand below.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,24 @@ def test_reductions_between_slices(words, hidden):
     exposed = 3 * max(0.0, 2 * words / 3.125e9 - 1200 / 1.5e9)
     assert network.exposed == pytest.approx(exposed)
     assert (exposed == 0) == hidden
+
+
+def test_reductions_of_one_channel_all_count():
+    """Those that a shard_map asks for share a channel; the parts of one share its origin too."""
+
+    def reductions(*origins: str) -> float:
+        start = TEXT.index("  %all-reduce.1 =")
+        line = TEXT[start : TEXT.index("\n", start) + 1]
+        assert line.count("op_name=") == line.count("channel_id=") == 1
+        text = TEXT
+        for i, origin in enumerate(origins):
+            more = line.replace("all-reduce.1 =", f"all-reduce.1{i} =")
+            text = text.replace(line, re.sub('op_name="[^"]*"', f'op_name="{origin}"', more) + line)
+        found = price(hlo.parse(text), V5E, 16).collectives
+        return sum(c.seconds for c in found if c.kind == "all-reduce")
+
+    assert reductions("a", "b") == pytest.approx(3 * reductions())
+    assert reductions("a", "a") == pytest.approx(2 * reductions())
 
 
 def test_what_starts_and_is_awaited_at_once_is_not_hidden():

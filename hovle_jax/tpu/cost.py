@@ -81,7 +81,7 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
     flops = 0.0
     slowest: dict[str, float] = {}
     schedule = _Schedule(program)
-    collectives: dict[tuple[str, str], Collective] = {}
+    collectives: dict[tuple[str, str, str], Collective] = {}
     for visit in visits:
         x = visit.instruction
         if (estimate := _cycles(visit)) > 0:
@@ -97,7 +97,9 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
         if collective := _collective(program, visit, schedule, chip, devices):
             x = visit.instruction
             # An asynchronous one appears at its start, in the bodies that carry it, at its end.
-            key = collective.kind, x.attribute(r"channel_id=(\d+)") or visit.computation + x.name
+            # Those of a shard_map all have one channel, and tell apart by what they come from.
+            channel = x.attribute(r"channel_id=(\d+)") or visit.computation + x.name
+            key = collective.kind, channel, x.op_name
             before = collectives.get(key)
             order = (collective.times, -collective.exposed)
             if before is None or order > (before.times, -before.exposed):
