@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hovle_jax.config import IGNORE
 from hovle_jax.registry import Registry
-from hovle_jax.sharding import differing, gathered, part_of, per_shard, scattered
+from hovle_jax.sharding import constrain, gathered, part_of, per_shard, split
 
 COSINE_EPS = 1e-6
 
@@ -126,12 +126,23 @@ def _on_all_devices(
     """
     places = ("batch", "length")
     axes = ((*places, "act_embed"), ("embed", "vocab"), places, places)
-    outs = [(places, targets.shape), (axes[0], hidden.shape), (axes[1], head.shape)]
+    parts = tuple(map(split, places, targets.shape))
+    outs = [
+        (places, targets.shape),
+        (axes[0], hidden.shape),
+        ((*places, "act_embed", "vocab"), (*parts, *head.shape)),
+    ]
     run = functools.partial(_on_one_device, chunk=chunk, whole=(hidden.shape, head.shape))
     one = functools.partial(run, gradient=gradient)
-    return tuple(
-        per_shard(one, axes, outs if gradient else outs[:1])(hidden, head, targets, weights)
-    )
+    run_all = per_shard(one, axes, outs if gradient else outs[:1])
+    nll, *gradients = run_all(hidden, head, targets, weights)
+    if not gradient:
+        return (nll,)
+    dhidden, dheads = gradients
+    dhead = constrain(jnp.sum(dheads, axis=(0, 1)), *axes[1])
+    # The layers' backward pass waits for the sum over devices. Else the compiler leaves it for the
+    # end of the step, with nothing to compute beside; so it hides behind the product of dhidden.
+    return nll, *jax.lax.optimization_barrier((dhidden, dhead))
 
 
 def _on_one_device(
@@ -144,9 +155,9 @@ def _on_one_device(
     whole: tuple[tuple[int, ...], tuple[int, ...]],
     gradient: bool,
 ) -> tuple[jax.Array, ...]:
-    (rows, length, width), (_, vocab) = whole
+    """(nll [b, s],) and gradients by hidden [b, s, E] and, of these places, head [1, 1, E, v]."""
+    (_, _, width), (_, vocab) = whole
     b, s = targets.shape
-    mine = head.shape
     head = gathered(head, "embed", 0, width)
     chunk = min(chunk, s)
     pad = -s % chunk
@@ -181,10 +192,8 @@ def _on_one_device(
     nll, *dhidden = (unchunked(x) for x in out)
     if not gradient:
         return (nll,)
-    _, over_words = part_of("vocab", mine[1], vocab)
-    over = differing((b, s), (rows, length), ("batch", "length"))
-    dhead = scattered(dhead.astype(head.dtype), "embed", 0, mine[0], over)
-    return nll, over_words(jax.lax.psum, dhidden[0]), dhead
+    _, over_words = part_of("vocab", head.shape[1], vocab)
+    return nll, over_words(jax.lax.psum, dhidden[0]), dhead.astype(head.dtype)[None, None]
 
 
 def _scores(

@@ -88,6 +88,13 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
     return PartitionSpec(*entries)
 
 
+def split(axis: str, size: int) -> int:
+    """Into how many parts the mesh splits an array's axis of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES[axis])
+    return 1 if size % ways else ways
+
+
 def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     """Trees of axis-name tuples and of shapes -> tree of NamedSharding."""
     return jax.tree.map(
@@ -200,29 +207,6 @@ def gathered(x: jax.Array, axis: str, dim: int, size: int) -> jax.Array:
     if x.shape[dim] == size:
         return x
     return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
-
-
-def scattered(x: jax.Array, axis: str, dim: int, part: int, over: Sequence[str]) -> jax.Array:
-    """Inside `per_shard`: the sum of x over mesh axes, cut to this device's part of `dim`.
-
-    over: the mesh axes along which x differs; along others each device has the sum already.
-    """
-    split = RULES[axis] if x.shape[dim] != part else ()
-    x = jax.lax.psum(x, tuple(a for a in over if a not in split))
-    for name in split:
-        if name in over:
-            x = jax.lax.psum_scatter(x, name, scatter_dimension=dim, tiled=True)
-        else:
-            size = x.shape[dim] // jax.lax.axis_size(name)
-            start = jax.lax.axis_index(name) * size
-            x = jax.lax.dynamic_slice_in_dim(x, start, size, dim)
-    return x
-
-
-def differing(parts: Sequence[int], wholes: Sequence[int], axes: Axes) -> tuple[str, ...]:
-    """Inside `per_shard`: the mesh axes that really split an array with named axes."""
-    named = zip(parts, wholes, axes, strict=True)
-    return tuple(a for part, whole, axis in named if part != whole for a in RULES[axis])
 
 
 def part_of(axis: str, part: int, size: int) -> tuple[Any, Callable[..., jax.Array]]:
