@@ -58,7 +58,7 @@ def test_shards_manifest_and_parts(tmp_path):
         data = (tmp_path / "out" / shard["file"]).read_bytes()
         assert shard["sha256"] == hashlib.sha256(data).hexdigest()
     names = {s["file"] for part in manifest["sources"].values() for s in part["shards"]}
-    assert set(files(tmp_path / "out")) == names | {"manifest.json", "rejects.jsonl"}
+    assert set(files(tmp_path / "out")) == names | {"manifest.json", "meta.json", "rejects.jsonl"}
     whole = sources.open_source(str(tmp_path / "out"))
     assert (whole.name, whole.max_tiles, len(whole)) == ("out", 3, 25)
     everything = [f"a {i:03}" for i in range(20)] + [f"b {i:03}" for i in range(5)]
@@ -96,6 +96,46 @@ def test_parts_keep_their_limits_and_how_often_they_come(tmp_path):
         opened(annotation="out#x")
     images = sources.open_source(f"{out}#few")
     assert (images.name, len(images)) == ("few", 4)
+
+
+def test_a_converted_mixture_is_the_mixture(tmp_path, monkeypatch):
+    """Its meta.json says all that the one it was made of said, wherever the directory goes."""
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'conversations': turns})}\n" * 3)
+    (tmp_path / "some.txt").write_text("one text\nanother\n")
+    meta = {
+        "few": {"max_dynamic_patch": 2, "weight": 3, "data_augment": True},
+        "many": {"repeat_time": 2.5, "weight": 0.5},
+        "text": {"annotation": "some.txt", "text": True, "weight": 1},
+        "none": {"annotation": "bad.jsonl", "weight": 1},
+    }
+    (tmp_path / "bad.jsonl").write_text('{"conversations": []}\n')
+    given = {k: {"annotation": "rows.jsonl", "root": str(tmp_path)} | v for k, v in meta.items()}
+    (tmp_path / "meta.json").write_text(json.dumps(given))
+    out = tmp_path / "out"
+    convert.run_convert([str(tmp_path / "meta.json")], str(out), max_rejects=0.2, quiet=True)
+
+    def said(path):
+        found = [
+            (e.name, len(e.source), e.source[0].turns, e.source.max_tiles, e.repeat, e.weight)
+            + (e.augment,)
+            for e in sources.open_meta(str(path))
+        ]
+        return {about[0]: about[1:] for about in found}
+
+    del given["none"]  # of which every row was rejected
+    (tmp_path / "meta.json").write_text(json.dumps(given))
+    before = said(tmp_path / "meta.json")
+    assert before["few"][2:] == (2, 1.0, 3.0, True) and before["many"][2:] == (
+        None,
+        2.5,
+        0.5,
+        False,
+    )
+    out = out.rename(tmp_path / "elsewhere")
+    assert said(out / "meta.json") == before
+    monkeypatch.chdir(out)
+    assert said("meta.json") == before
 
 
 def test_again_gives_the_same_bytes(tmp_path):

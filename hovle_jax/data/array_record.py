@@ -98,8 +98,8 @@ class ArrayRecordSource:
         limits = {limit for limit, _ in found}
         if max_tiles is None and len(limits) > 1:
             raise UserError(
-                f"{path}: its parts have different tile limits (max_dynamic_patch); name each by "
-                "itself, as DIRECTORY#PART, or give one for all"
+                f"{path}: its parts have different tile limits (max_dynamic_patch); take the "
+                "meta.json in it, name each as DIRECTORY#PART, or give one for all"
             )
         self.max_tiles = limits.pop() if max_tiles is None and limits else max_tiles
         self.repeats = {repeat for _, repeat in found}  # how often the parts were to come

@@ -1,8 +1,9 @@
 """Any source -> canonical ArrayRecord shards with the images inside: `hovle data convert`.
 
 A converted directory holds NAME-00000.array_record, NAME-00001.array_record, ... per source,
-rejects.jsonl (source, row and reason of every row left out) and manifest.json, which is written
-last: where it is missing, the conversion is not finished. journal.json exists until then.
+meta.json (a mixture of them, as the inputs' meta files had it), rejects.jsonl (source, row and
+reason of every row left out) and manifest.json, which is written last: where it is missing, the
+conversion is not finished. journal.json exists until then.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from hovle_jax.data.array_record import (
 from hovle_jax.data.journal import MANY, Rejects, seal
 from hovle_jax.data.records import Record, Source
 from hovle_jax.data.rows import PROMPT, load_json
-from hovle_jax.data.sources import JOURNAL, open_meta, open_source
+from hovle_jax.data.sources import JOURNAL, MetaEntry, open_meta, open_source
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
 
+META = "meta.json"
 _CHECKS = ("none", "header", "full")
 
 
@@ -43,20 +45,32 @@ def run_convert(
     """
     sources: list[Source] = []
     sizes: list[int] = []
-    repeats: dict[str, float] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for given in inputs:
         named = not os.path.exists(given) and re.match(r"([\w.-]+)=", given)
         name, path = (named[1], given[named.end() :]) if named else (None, given)
         sizes.append(_size(path))
         if _is_meta(path):
-            entries = open_meta(path)
-            sources += [entry.source for entry in entries]
-            repeats |= {entry.name: entry.repeat for entry in entries}
+            opened = open_meta(path)
+            sources += [entry.source for entry in opened]
+            entries |= {entry.name: _settings(entry) for entry in opened}
         else:
             sources.append(open_source(path, name, root=root, prompt=prompt))
     config = {"inputs": inputs, "input_bytes": sizes, "prompt": prompt, "root": root}
-    config |= {"repeat_time": repeats}  # kept for the mixture; every row is converted once
+    # Kept for the mixture: every row is converted once, its pixels as they are.
+    config |= {"repeat_time": {name: e["repeat_time"] for name, e in entries.items()}}
+    config |= {"meta": entries}
     return convert(sources, out, config=config, **options)
+
+
+def _settings(entry: MetaEntry) -> dict[str, Any]:
+    """What meta.json says of a data set beside where it is and how many tiles an image takes."""
+    settings: dict[str, Any] = {"repeat_time": entry.repeat}
+    if entry.weight is not None:
+        settings["weight"] = entry.weight
+    if entry.augment:
+        settings["data_augment"] = True
+    return settings
 
 
 def _is_meta(path: str) -> bool:
@@ -233,8 +247,9 @@ class _Job:
         )
 
     def finish(self, sources: Sequence[Source]) -> dict[str, Any]:
-        """Writes the manifest and drops the journal."""
+        """Writes meta.json and the manifest and drops the journal."""
         parts: dict[str, Any] = {}
+        meta: dict[str, Any] = {}
         before = 0
         for source in sources:
             mine = [s for s in self._shards if s["source"] == source.name]
@@ -247,10 +262,15 @@ class _Job:
                 "shards": [{k: s[k] for k in keys} for s in mine if s["file"]],
             }
             before = after
+            if any(s["file"] for s in mine):
+                limit = {"max_dynamic_patch": source.max_tiles} if source.max_tiles else {}
+                settings = self._config.get("meta", {}).get(source.name, {})
+                meta[source.name] = {"annotation": f"#{source.name}", **limit, **settings}
         records = sum(part["records"] for part in parts.values())
         manifest = {"version": VERSION, "records": records, "rejects": self.rejects.count}
         manifest |= {"config": self._config, "sources": parts}
         self.rejects.close()
+        replace_json(os.path.join(self._dir, META), meta)
         replace_json(os.path.join(self._dir, MANIFEST), manifest)
         for name in (JOURNAL, f"{JOURNAL}.tmp"):
             pathlib.Path(self._dir, name).unlink(missing_ok=True)

@@ -275,8 +275,8 @@ def _repeat_of(source: Source, where: str) -> float:
     repeats = source.repeats if isinstance(source, ArrayRecordSource) else set()
     if len(repeats) > 1:
         raise UserError(
-            f"{where}: its parts have different repeat_time; give each an entry of its own with "
-            "'annotation': 'DIRECTORY#PART', or this one a repeat_time"
+            f"{where}: its parts have different repeat_time; take the meta.json in it, give each "
+            "an entry of its own with 'annotation': 'DIRECTORY#PART', or this one a repeat_time"
         )
     return next(iter(repeats), 1.0)
 
