@@ -34,9 +34,7 @@ HOVLE_2B = ModelConfig(
     remat="mixed",
     loss_chunk=4096,
 )
-HOVLE_HD = dataclasses.replace(
-    HOVLE_2B, name="hovle_hd", shuffle_loc="post", remat="full", loss_chunk=1024
-)
+HOVLE_HD = dataclasses.replace(HOVLE_2B, name="hovle_hd", shuffle_loc="post")
 TINY = dataclasses.replace(
     HOVLE_2B,
     name="tiny",
