@@ -9,6 +9,8 @@ loss/image keeps falling to the end. The recipe is our proposal (docs/stages.md)
 learning rate, batch and steps are not public. Never run at this size.
 """
 
+import dataclasses
+
 from models import MODELS, TEACHERS, check
 
 from hovle_jax.config import DataConfig, GroupConfig, OptimConfig, RunConfig
@@ -17,6 +19,8 @@ from hovle_jax.config import DataConfig, GroupConfig, OptimConfig, RunConfig
 def get_config(variant="hovle_2b"):
     check(variant)
     model = MODELS[variant]
+    if model.remat == "mixed":  # without the LLM's layers there is memory to recompute less
+        model = dataclasses.replace(model, remat="products")
     return RunConfig(
         stage="distill",
         steps=122_000,  # 500M single-tile images in batches of 4,096
