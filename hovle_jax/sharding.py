@@ -82,16 +82,14 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
     """Axis names -> PartitionSpec; an axis that a mesh axis does not divide stays whole."""
     entries: list[Any] = []
     for name, size in zip(axes, shape, strict=True):
-        mesh_axes = RULES[name] if name else ()
-        ways = math.prod(mesh.shape[a] for a in mesh_axes)
-        entries.append(mesh_axes if ways > 1 and size % ways == 0 else None)
+        entries.append(RULES[name] if name and split(name, size, mesh) > 1 else None)
     return PartitionSpec(*entries)
 
 
-def split(axis: str, size: int) -> int:
-    """Into how many parts the mesh splits an array's axis of this size."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES[axis])
+def split(axis: str, size: int, mesh: Any = None) -> int:
+    """Into how many parts a mesh (default: the current one, if any) splits an axis of this size."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    ways = math.prod(mesh.shape.get(a, 1) for a in RULES[axis])  # no mesh has no axes
     return 1 if size % ways else ways
 
 

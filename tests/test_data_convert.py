@@ -126,12 +126,8 @@ def test_a_converted_mixture_is_the_mixture(tmp_path, monkeypatch):
     del given["none"]  # of which every row was rejected
     (tmp_path / "meta.json").write_text(json.dumps(given))
     before = said(tmp_path / "meta.json")
-    assert before["few"][2:] == (2, 1.0, 3.0, True) and before["many"][2:] == (
-        None,
-        2.5,
-        0.5,
-        False,
-    )
+    assert before["few"][2:] == (2, 1.0, 3.0, True)
+    assert before["many"][2:] == (None, 2.5, 0.5, False)
     out = out.rename(tmp_path / "elsewhere")
     assert said(out / "meta.json") == before
     monkeypatch.chdir(out)
