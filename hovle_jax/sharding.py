@@ -200,11 +200,33 @@ def per_shard(
     return call
 
 
-def gathered(x: jax.Array, axis: str, dim: int, size: int) -> jax.Array:
-    """Inside `per_shard`: the whole of dimension `dim`, of which this device has a part."""
+Groups = list[list[int]]
+
+
+def groups(ways: int, at_least: float) -> tuple[Groups, Groups]:
+    """Of devices 0..ways-1, runs of equal length as short as `at_least` allows, and across them:
+    the first of every run, the second of every run, ..."""
+    size = next(n for n in range(1, ways + 1) if ways % n == 0 and n >= min(at_least, ways))
+    runs = [list(range(first, first + size)) for first in range(0, ways, size)]
+    return runs, [list(devices) for devices in zip(*runs, strict=True)]
+
+
+def gathered(
+    x: jax.Array, axis: str, dim: int, size: int, among: Groups | None = None
+) -> jax.Array:
+    """Inside `per_shard`: the whole of dimension `dim`, of which this device has a part.
+
+    among: each group of devices gathers what the group has.
+    """
     if x.shape[dim] == size:
         return x
-    return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
+    return jax.lax.all_gather(x, RULES[axis], axis=dim, tiled=True, axis_index_groups=among)
+
+
+def exchanged(x: jax.Array, axis: str, cut: int, join: int, among: Groups) -> jax.Array:
+    """Inside `per_shard`: part i of dimension `cut` goes to device i of the group, and the parts
+    that come are joined along dimension `join`."""
+    return jax.lax.all_to_all(x, RULES[axis], cut, join, tiled=True, axis_index_groups=among)
 
 
 def part_of(axis: str, part: int, size: int) -> tuple[Any, Callable[..., jax.Array]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -17,6 +18,7 @@ from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.nn import teacher
+from hovle_jax.nn.text_table import look_up
 from hovle_jax.stages import get_stage
 from hovle_jax.tree import flatten, split
 from tests.conftest import TEACHER
@@ -95,6 +97,34 @@ def test_rows_and_places_are_really_split():
         pinned = jax.jit(lambda x: sharding.constrain(x * 2, "batch", "length", "act_embed"))
         where = pinned.lower(x).compile().output_shardings
     assert where.shard_shape(x.shape) == (2, 16, 8)
+
+
+@pytest.mark.parametrize("width", [16, 256, 512, 1024])
+@pytest.mark.parametrize("name", ["fsdp", "context", "mixed", "replicas"])
+def test_a_table_is_looked_up_by_groups_of_devices(name, width):
+    """Of 128 columns each: with 1,024 every device has them, with 16 all put theirs together."""
+    mesh = sharding.make_mesh((MESHES | {"replicas": MeshConfig(2, 4, 1)})[name])
+    keys = jax.random.split(jax.random.key(0), 3)
+    table = jax.random.normal(keys[0], (100, width))
+    ids = jax.random.randint(keys[1], (8, 12), 0, 100)
+    weights = jax.random.normal(keys[2], (8, 12, width))
+
+    def weighted(table):
+        x = look_up(table, ids, "float32")
+        return jnp.sum(x * weights), x
+
+    where = sharding.tree_shardings(("vocab", "embed"), table, mesh)
+    with jax.set_mesh(mesh):
+        run = jax.jit(
+            jax.grad(weighted, has_aux=True), in_shardings=where, out_shardings=(where, None)
+        )
+        gradient, rows = run(jax.device_put(table, where))
+        program = run.lower(table).compile().as_text()
+    np.testing.assert_array_equal(rows, table[ids])
+    want = jnp.zeros_like(table).at[ids].add(weights)
+    np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-5)
+    lookups = re.findall(r"= f32\[[\d,]*?(\d+)\]\S* gather\(", program)
+    assert lookups and min(map(int, lookups)) >= min(width, 128)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from hovle_jax import model, sharding
 from hovle_jax.config import ModelConfig
-from hovle_jax.nn.embedding import TextTable
 from hovle_jax.nn.layers import RMSNorm
 from hovle_jax.nn.quantize import quantize_kernels
 from hovle_jax.nn.stack import Layer, places_of, put_together, take_apart
+from hovle_jax.nn.text_table import TextTable
 from hovle_jax.tree import flatten
 
 STACKS = ("embedding", "decoder")

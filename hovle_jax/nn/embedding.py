@@ -27,6 +27,7 @@ from hovle_jax.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
 from hovle_jax.nn.compressors import COMPRESSORS
 from hovle_jax.nn.layers import Cache, LayerInputs, Linear, named
 from hovle_jax.nn.stack import layer_stack, run_stack
+from hovle_jax.nn.text_table import TextTable
 from hovle_jax.sharding import constrain
 
 
@@ -92,28 +93,6 @@ class PatchEmbedding(nn.Module):
         table = self.param("position", init, (c.grid**2 + 1, c.hidden_size), jnp.float32)
         grid = (pixels.shape[-3] // c.patch_size, pixels.shape[-2] // c.patch_size)
         return x + resize_positions(table[1:], grid).astype(x.dtype)
-
-
-class TextTable(nn.Module):
-    """Token vectors; ids past the table read the special-token table or, without one, row 0.
-
-    (Row 0 is what the reference reads there; `data.samples.check_tokenizer` refuses such ids.)
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        c = self.config
-        rows, width = c.text_rows, c.hidden_size
-        init = named(nn.initializers.normal(c.initializer_range), "vocab", "embed")
-        table = self.param("table", init, (rows, width), jnp.float32)
-        x = jnp.take(table, jnp.where(ids < rows, ids, 0), axis=0)
-        if c.special_tokens:
-            special = self.param("special_table", init, (c.special_tokens, width), jnp.float32)
-            extra = jnp.take(special, jnp.clip(ids - rows, 0, c.special_tokens - 1), axis=0)
-            x = jnp.where((ids >= rows)[..., None], extra, x)
-        return x.astype(c.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -96,6 +96,21 @@ def test_no_activation_is_gathered(plan):
     complain("an activation travels between devices", located(activations))
 
 
+def test_tokens_are_looked_up_by_few_devices(plan):
+    """The compiler estimates neither lookups nor their gradient, which adds row by row."""
+    found, lookups = [], 0
+    for visit in hlo.walk(plan.program):
+        x, operands = visit.instruction, plan.program.computations[visit.computation]
+        if x.op not in ("gather", "scatter") or "embedding/text" not in x.op_name:
+            continue
+        lookups += 1
+        dims = x.dims if x.op == "gather" else operands[x.operands[2]].dims
+        if math.prod(dims[:-1]) > 16 * TOKENS:
+            found.append((x.name, f"{x.op} {dims}", plan.program.source(x)))
+    assert lookups
+    complain("a device looks up the tokens of more than 16", found)
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES[:2])
 def test_gradients_are_reduced_behind_computation(topology):
     """But the last of each layer and the head's, after which there is nothing left to compute.
