@@ -89,7 +89,8 @@ def test_half_precision_round_trip(dtype, tmp_path):
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
     export(tmp_path / "native", tmp_path / "out", PLAIN)
     assert_same(tensors_of(tmp_path / "out"), tensors_of(source))
-    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype
+    described = json.loads((tmp_path / "out/config.json").read_text())
+    assert described["torch_dtype"] == described["llm_config"]["torch_dtype"] == dtype
 
 
 def test_unused_tensors_come_back(tmp_path):

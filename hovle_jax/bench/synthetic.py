@@ -21,14 +21,7 @@ from PIL import Image
 
 from hovle_jax.bench.packing import KINDS
 from hovle_jax.config import DataConfig, ModelConfig, RunConfig
-from hovle_jax.data.tokenizer import (
-    IM_END,
-    IMG_CONTEXT,
-    IMG_END,
-    IMG_START,
-    Tokenizer,
-    train_tokenizer,
-)
+from hovle_jax.data.tokenizer import Tokenizer, train_tokenizer
 from hovle_jax.modules import require
 
 SIZES = ((640, 480), (1280, 960), (2048, 1536))
@@ -126,14 +119,7 @@ def write_data(
 def bench_config(root: Path, stage: str, *, unpaired: bool, model: ModelConfig) -> RunConfig:
     """A run of `stage` on the data set: the row limits of configs/stage*.py, four rows a batch."""
     tokenizer = Tokenizer.load(root / "tokenizer")
-    model = dataclasses.replace(
-        model,
-        vocab_size=tokenizer.vocab_size,
-        im_end_id=tokenizer.id_of(IM_END),
-        img_start_id=tokenizer.id_of(IMG_START),
-        img_end_id=tokenizer.id_of(IMG_END),
-        img_context_id=tokenizer.id_of(IMG_CONTEXT),
-    )
+    model = dataclasses.replace(model, **tokenizer.model_fields())
     data = DataConfig(
         meta="" if unpaired else str(root / "meta.json"),
         images=(str(root / "images"),) if unpaired else (),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,10 +22,10 @@ from hovle_jax.data.array_record import (
     open_shard,
     read_manifest,
 )
-from hovle_jax.data.journal import MANY, Rejects, seal
+from hovle_jax.data.journal import JOURNAL, MANY, Rejects, begin, drop, seal
 from hovle_jax.data.records import Record, Source
-from hovle_jax.data.rows import PROMPT, load_json
-from hovle_jax.data.sources import JOURNAL, MetaEntry, open_meta, open_source
+from hovle_jax.data.rows import PROMPT
+from hovle_jax.data.sources import MetaEntry, open_meta, open_source
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
@@ -126,7 +125,7 @@ def convert(
     if (manifest := read_manifest(out_dir)) is not None:
         shards = [x for part in manifest["sources"].values() for x in part["shards"]]
         _check(out_dir, manifest["config"], full, shards)
-        pathlib.Path(out_dir, JOURNAL).unlink(missing_ok=True)  # killed just before that
+        drop(out_dir)  # killed just before that
         return manifest
     job = _Job(out_dir, full, shard_bytes, check)
     progress = Progress("converting", total, every=10_000)
@@ -186,14 +185,9 @@ class _Job:
         self.rejects = Rejects(out_dir, self._shards[-1] if self._shards else {})
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        path = os.path.join(self._dir, JOURNAL)
-        if os.path.isfile(path):
-            journal = load_json(pathlib.Path(path).read_bytes(), path)
+        if (journal := begin(self._dir)) is not None:
             _check(self._dir, journal["config"], self._config, journal["shards"])
             return list(journal["shards"])
-        strays = [file for file in os.listdir(self._dir) if file != f"{JOURNAL}.tmp"]
-        if strays:
-            raise UserError(f"{self._dir}: not empty ({strays[0]}); name a new directory")
         self._write_journal([])
         return []
 
@@ -272,8 +266,7 @@ class _Job:
         self.rejects.close()
         replace_json(os.path.join(self._dir, META), meta)
         replace_json(os.path.join(self._dir, MANIFEST), manifest)
-        for name in (JOURNAL, f"{JOURNAL}.tmp"):
-            pathlib.Path(self._dir, name).unlink(missing_ok=True)
+        drop(self._dir)
         return manifest
 
 

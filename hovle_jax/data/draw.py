@@ -10,8 +10,7 @@ import functools
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -404,44 +403,3 @@ def _draw_panel(
         text = f"{panel.edges[n]:g}"
         centre = x + width * n // count - text_width(text, 11) // 2
         put_text(draw, min(max(centre, x), x + width - text_width(text, 11)), base + 3, text, 11)
-
-
-def _stats_words(report: Mapping[str, Any]) -> list[str]:
-    plan = report["plan"]
-    draws = ", ".join(f"{name} {count}" for name, count in plan["draws"].items())
-    return [
-        f"rows of {report['tokens']:,} tokens and {report['tiles']} tiles, windows of "
-        f"{report['window']} samples",
-        f"first {plan['windows']} windows: {plan['samples']:,} samples in {plan['rows']:,} rows "
-        f"({plan['samples_per_row']:.1f} per row), token fill {plan['token_fill']:.1%}, "
-        f"tile fill {plan['tile_fill']:.1%}",
-        f"samples drawn: {draws}",
-        f"tokens and tiles would fill alike with tiles={plan['balanced_tiles']:.1f}",
-    ]
-
-
-def stats_text(report: Mapping[str, Any]) -> str:
-    """A report of `inspect.stats_report` for a terminal."""
-    rows = []
-    for s in report["sources"]:
-        for what in ("tokens", "tiles"):
-            numbers = [round(s[what][k], 1) for k in ("min", "mean", "median", "p95", "max")]
-            rows.append((s["name"], s["records"], what, *numbers))
-    head = ("source", "records", "of each", "min", "mean", "median", "p95", "max")
-    return "\n".join([table(head, rows), "", *_stats_words(report)])
-
-
-def draw_stats(report: Mapping[str, Any]) -> Image.Image:
-    """Histograms of a report of `inspect.stats_report`: lengths per source, fills of rows."""
-    panels = []
-    for n, s in enumerate(report["sources"], start=1):
-        for what in ("tokens", "tiles"):
-            title = f"{s['name']}: {what} of {s['looked_at']:,} of {s['records']:,} records, "
-            title += f"median {s[what]['median']:g}, most {s[what]['max']:,}"
-            colour = segment_colour(n)
-            panels.append(Panel(title, s[what]["edges"], s[what]["counts"], colour))
-    for what in ("token", "tile"):
-        counts, edges = np.histogram(report["plan"][f"row_{what}_fill"], 40, (0.0, 1.0))
-        title = f"{what} fill of the planned rows, mean {report['plan'][f'{what}_fill']:.1%}"
-        panels.append(Panel(title, edges.tolist(), counts.tolist(), INK))
-    return draw_panels("lengths and fills", _stats_words(report), panels)

@@ -9,13 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from hovle_jax.data.rows import load_json
 from hovle_jax.errors import UserError
 
+JOURNAL = "journal.json"  # there until the manifest is
 REJECTS = "rejects.jsonl"
 MANY = 1000  # rejects that end the work early, once they are also more than is allowed
+
+
+def begin(directory: str) -> dict[str, Any] | None:
+    """The journal of work that was begun there, None in an empty directory; UserError otherwise."""
+    path = os.path.join(directory, JOURNAL)
+    if os.path.isfile(path):
+        return load_json(pathlib.Path(path).read_bytes(), path)
+    if strays := [name for name in os.listdir(directory) if name != f"{JOURNAL}.tmp"]:
+        raise UserError(f"{directory}: not empty ({strays[0]}); name a new directory")
+    return None
+
+
+def drop(directory: str) -> None:
+    """All is done: the manifest is there."""
+    for name in (JOURNAL, f"{JOURNAL}.tmp"):
+        pathlib.Path(directory, name).unlink(missing_ok=True)
 
 
 def seal(path: str) -> tuple[int, str]:

@@ -23,7 +23,7 @@ from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from hovle_jax.data.sources import MetaEntry
 from hovle_jax.data.tilers import TILERS, TileLimits
 from hovle_jax.data.token_shards import TokenShards
-from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
+from hovle_jax.data.tokenizer import IMG_CONTEXT, IMG_END, IMG_START, TOKEN_FIELDS, Tokenizer
 from hovle_jax.errors import UserError
 
 KINDS = ("unpaired", "conversations")  # of data: `UnpairedImages`, `Conversations`
@@ -86,12 +86,7 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
             )
         if found != wanted:
             raise UserError(f"config.model.{key} is {wanted} but the tokenizer's is {found}")
-    for token, key in (
-        (IMG_START, "img_start_id"),
-        (IMG_END, "img_end_id"),
-        (IMG_CONTEXT, "img_context_id"),
-        (IM_END, "im_end_id"),
-    ):
+    for key, token in TOKEN_FIELDS.items():
         if tokenizer.id_of(token) != getattr(model, key):
             raise UserError(
                 f"config.model.{key} is {getattr(model, key)} but the tokenizer's {token} is "

@@ -12,6 +12,7 @@ from typing import Any
 
 from hovle_jax.data import files
 from hovle_jax.data.array_record import MANIFEST, ArrayRecordSource
+from hovle_jax.data.journal import JOURNAL
 from hovle_jax.data.json_list import LlavaJson
 from hovle_jax.data.parquet import Parquet
 from hovle_jax.data.readers import (
@@ -27,7 +28,6 @@ from hovle_jax.data.webdataset import Webdataset
 from hovle_jax.errors import UserError
 from hovle_jax.registry import Registry
 
-JOURNAL = "journal.json"  # in a directory whose conversion is not finished
 _META_KEYS = {
     *("root", "annotation", "data_augment", "max_dynamic_patch", "repeat_time", "length", "weight"),
     "text",

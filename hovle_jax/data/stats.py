@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 from hovle_jax.config import DataConfig, RunConfig
-from hovle_jax.data.draw import draw_stats
-from hovle_jax.data.draw import stats_text as stats_text  # beside the report for callers
+from hovle_jax.data import draw
 from hovle_jax.data.inspect import Report, open_pipeline, write
 from hovle_jax.data.pipeline import Pipeline
 
@@ -78,3 +78,44 @@ def run_stats(
     """`hovle data stats`: see `stats_report`; `kind` and `weights` as in `run_inspect`."""
     report = stats_report(open_pipeline(config, kind, weights)[1], config.data, windows)
     return write(report, json_file, png, lambda: draw_stats(report))
+
+
+def _stats_words(report: Report) -> list[str]:
+    plan = report["plan"]
+    draws = ", ".join(f"{name} {count}" for name, count in plan["draws"].items())
+    return [
+        f"rows of {report['tokens']:,} tokens and {report['tiles']} tiles, windows of "
+        f"{report['window']} samples",
+        f"first {plan['windows']} windows: {plan['samples']:,} samples in {plan['rows']:,} rows "
+        f"({plan['samples_per_row']:.1f} per row), token fill {plan['token_fill']:.1%}, "
+        f"tile fill {plan['tile_fill']:.1%}",
+        f"samples drawn: {draws}",
+        f"tokens and tiles would fill alike with tiles={plan['balanced_tiles']:.1f}",
+    ]
+
+
+def stats_text(report: Report) -> str:
+    """A report of `stats_report` for a terminal."""
+    rows = []
+    for s in report["sources"]:
+        for what in ("tokens", "tiles"):
+            numbers = [round(s[what][k], 1) for k in ("min", "mean", "median", "p95", "max")]
+            rows.append((s["name"], s["records"], what, *numbers))
+    head = ("source", "records", "of each", "min", "mean", "median", "p95", "max")
+    return "\n".join([draw.table(head, rows), "", *_stats_words(report)])
+
+
+def draw_stats(report: Report) -> Image.Image:
+    """Histograms of a report of `stats_report`: lengths per source, fills of rows."""
+    panels = []
+    for n, s in enumerate(report["sources"], start=1):
+        for what in ("tokens", "tiles"):
+            title = f"{s['name']}: {what} of {s['looked_at']:,} of {s['records']:,} records, "
+            title += f"median {s[what]['median']:g}, most {s[what]['max']:,}"
+            colour = draw.segment_colour(n)
+            panels.append(draw.Panel(title, s[what]["edges"], s[what]["counts"], colour))
+    for what in ("token", "tile"):
+        counts, edges = np.histogram(report["plan"][f"row_{what}_fill"], 40, (0.0, 1.0))
+        title = f"{what} fill of the planned rows, mean {report['plan'][f'{what}_fill']:.1%}"
+        panels.append(draw.Panel(title, edges.tolist(), counts.tolist(), draw.INK))
+    return draw.draw_panels("lengths and fills", _stats_words(report), panels)

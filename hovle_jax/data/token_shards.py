@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from hovle_jax.data.array_record import MANIFEST
+from hovle_jax.data.journal import JOURNAL
 from hovle_jax.data.records import position
 from hovle_jax.data.rows import load_json
-from hovle_jax.data.sources import JOURNAL
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError, one_line
 

@@ -23,9 +23,7 @@ import numpy as np
 
 from hovle_jax.data import files, text_files
 from hovle_jax.data.array_record import MANIFEST
-from hovle_jax.data.journal import MANY, Rejects, seal
-from hovle_jax.data.rows import load_json
-from hovle_jax.data.sources import JOURNAL
+from hovle_jax.data.journal import JOURNAL, MANY, Rejects, begin, drop, seal
 from hovle_jax.data.text_files import Batch, File
 from hovle_jax.data.token_shards import (
     ENDS,
@@ -91,7 +89,7 @@ def tokenize_text(
     config |= {"tokenizer": tokenizer.fingerprint, "files": [list(file) for file in found]}
     if (manifest := read_manifest(out)) is not None:
         _check(out, manifest, config, len(found))
-        pathlib.Path(out, JOURNAL).unlink(missing_ok=True)  # killed just before that
+        drop(out)  # killed just before that
         return manifest
     try:
         with contextlib.closing(_Job(out, config)) as job:
@@ -216,18 +214,14 @@ class _Job:
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """The shards to keep."""
-        path = os.path.join(self._dir, JOURNAL)
         shards: list[dict[str, Any]] = []
-        if os.path.isfile(path):
-            journal = load_json(pathlib.Path(path).read_bytes(), path)
+        if (journal := begin(self._dir)) is not None:
             shards = journal["shards"]
             last = shards[-1]["file"] if shards else 0
             _check(self._dir, journal, self._config, last)
             if journal["config"]["files"][last] != self._config["files"][last]:
                 # It was found damaged and has been replaced.
                 shards = [shard for shard in shards if shard["file"] < last]
-        elif strays := [name for name in os.listdir(self._dir) if name != f"{JOURNAL}.tmp"]:
-            raise UserError(f"{self._dir}: not empty ({strays[0]}); name a new directory")
         self._write_journal(shards)
         kept = {name for number in range(len(shards)) for name in shard_files(number)}
         for stray in pathlib.Path(self._dir).glob("text-*"):
@@ -306,8 +300,7 @@ class _Job:
         manifest |= {"config": self._config, "shards": shards}
         self.close()
         replace_json(os.path.join(self._dir, MANIFEST), manifest)
-        for name in (JOURNAL, f"{JOURNAL}.tmp"):
-            pathlib.Path(self._dir, name).unlink(missing_ok=True)
+        drop(self._dir)
         return manifest
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -25,6 +26,14 @@ ADDED_TOKENS = (
     *(IM_END, IM_START, IMG_START, IMG_END, IMG_CONTEXT),
     *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
 )
+
+# Fields of `ModelConfig` that are ids of added tokens.
+TOKEN_FIELDS = {
+    "img_start_id": IMG_START,
+    "img_end_id": IMG_END,
+    "img_context_id": IMG_CONTEXT,
+    "im_end_id": IM_END,
+}
 
 _MODEL_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
@@ -146,6 +155,12 @@ class Tokenizer:
     def pad_id(self) -> int:
         """InternLM2 pads with the end-of-sequence token."""
         return self._sp.eos_id()
+
+    def model_fields(self) -> dict[str, Any]:
+        """The fields of `ModelConfig` that a tokenizer decides."""
+        ids = {field: self.id_of(token) for field, token in TOKEN_FIELDS.items()}
+        named = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        return {"vocab_size": self.vocab_size} | named | ids
 
     def id_of(self, token: str) -> int:
         """The id of an added or control token; UserError if there is none."""

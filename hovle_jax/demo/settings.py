@@ -12,7 +12,7 @@ from hovle_jax.config import (
     RunConfig,
     TeacherConfig,
 )
-from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
+from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.demo.digits import CANVAS
 
 WIDTH = 64
@@ -39,18 +39,11 @@ def model_config(tokenizer: Tokenizer) -> ModelConfig:
     """2 holistic + 4 LLM layers with the tokenizer's vocabulary and ids."""
     return ModelConfig(
         name="digits",
-        vocab_size=tokenizer.vocab_size,
         embedding=_layers(2),
         decoder=_layers(4),
         image_size=CANVAS,
         patch_size=PATCH,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        im_end_id=tokenizer.id_of(IM_END),
-        img_start_id=tokenizer.id_of(IMG_START),
-        img_end_id=tokenizer.id_of(IMG_END),
-        img_context_id=tokenizer.id_of(IMG_CONTEXT),
+        **tokenizer.model_fields(),
         initializer_range=INIT,
         dtype="float32",
         remat="none",

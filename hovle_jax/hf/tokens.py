@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hovle_jax.config import ModelConfig
-from hovle_jax.data.tokenizer import IM_END, IMG_CONTEXT, IMG_END, IMG_START
+from hovle_jax.data.tokenizer import TOKEN_FIELDS
 from hovle_jax.errors import UserError
-
-# Field of ModelConfig -> token.
-TOKENS = {
-    "img_start_id": IMG_START,
-    "img_end_id": IMG_END,
-    "img_context_id": IMG_CONTEXT,
-    "im_end_id": IM_END,
-}
 
 
 def _by_name(raw: Any) -> dict[str, int]:
@@ -57,7 +49,7 @@ def token_ids(directory: str | Path) -> dict[str, int]:
             ids = read(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{path}: malformed or unreadable ({error!r})") from None
-        for field, token in TOKENS.items():
+        for field, token in TOKEN_FIELDS.items():
             if token not in ids:
                 continue
             i, other = found.setdefault(field, (ids[token], name))
@@ -76,7 +68,7 @@ def check_ids(config: ModelConfig, directory: str | Path, *, complete: bool = Fa
       UserError: files that disagree with the config.
     """
     found = token_ids(directory)
-    for field, token in TOKENS.items():
+    for field, token in TOKEN_FIELDS.items():
         if field in found and found[field] != getattr(config, field):
             raise UserError(
                 f"{directory}: {token} is {found[field]} in the tokenizer's files, but "

@@ -31,6 +31,7 @@ from hovle_jax.hf.reader import open_directory
 from hovle_jax.hf.shards import ShardWriter, Tensor, read_header, read_tensor
 from hovle_jax.hf.tokenizer_json import tokenizer_files
 from hovle_jax.hf.tokens import check_ids
+from hovle_jax.output import write_json
 from hovle_jax.run.metrics import Progress
 
 REMOTE = Path(__file__).parent / "remote"
@@ -87,8 +88,7 @@ def write_directory(
     describe = {"reference": config_json.hovle_json, "fused": config_json.fused_json}[
         options.flavour
     ]
-    rows = table(config)  # it and the next line refuse before anything is read
-    description = describe(config, data, "float32")
+    rows = table(config)  # refuses before anything is read
     lacking = sorted({p for row in rows for p in row.native} - stored.paths)
     if lacking:
         raise UserError(
@@ -106,7 +106,7 @@ def write_directory(
     }
     plan = dict(sorted(plan.items(), key=lambda item: _natural(item[0])))
     dtypes = sorted({str(dtype) for _, dtype in plan.values()})
-    description["torch_dtype"] = _dtype_name(plan)
+    description = describe(config, data, _dtype_name(plan))
     size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in plan.values())
     progress = Progress("export: tensors", len(plan), 50)
     with new_directory(out, size) as partial:
@@ -129,7 +129,7 @@ def write_directory(
         report["checks"]["layout"] = "every tensor present, of the expected shape and dtype"
         if check is not None:
             report["checks"] |= check(partial)
-        _write_json(partial / "verification.json", report)
+        write_json(partial / "verification.json", report)
         text = card.model_card(stored, config, report, options.license)
         (partial / "README.md").write_text(text)
     return remarks
@@ -220,10 +220,6 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _write_json(path: Path, body: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
-
-
 def _write_template(out: Path, template: str, before: str, after: str) -> list[str]:
     """The chat that the model was trained on, whatever the copied files of an LLM say; remarks."""
     remarks = []
@@ -235,7 +231,7 @@ def _write_template(out: Path, template: str, before: str, after: str) -> list[s
     path = out / "tokenizer_config.json"
     raw = json.loads(path.read_text()) if path.is_file() else {}
     if raw.get("chat_template", template) != template:
-        _write_json(path, raw | {"chat_template": template})
+        write_json(path, raw | {"chat_template": template})
         remarks += [f"{before}another chat template in {path.name}:{after}"]
     return remarks
 
@@ -249,8 +245,8 @@ def _add_files(
     options: ExportOptions,
 ) -> list[str]:
     """Everything but the weights; returns remarks."""
-    _write_json(out / "config.json", description)
-    _write_json(out / "generation_config.json", config_json.generation_json(config))
+    write_json(out / "config.json", description)
+    write_json(out / "generation_config.json", config_json.generation_json(config))
     for name in CODE[options.flavour]:
         shutil.copyfile(REMOTE / name, out / name)
     copied = set(copy_tokenizer(assets, out))
@@ -271,7 +267,7 @@ def _add_files(
                 (out / name).write_bytes(content)
     remarks += _write_template(out, template, f"{assets}: ", f" {data.template!r} takes its place")
     for name, body in config_json.processor_json(config, data).items():
-        _write_json(out / name, body)
+        write_json(out / name, body)
     for name in PROCESSOR_CODE:
         shutil.copyfile(REMOTE / name, out / name)
     return remarks

@@ -19,12 +19,12 @@ class MetricLog:
     def __init__(self, path: str | Path, start_step: int):
         """Rows of steps after `start_step` are dropped: a resumed run writes them again."""
         self.path = Path(path)
-        self.kept = [r for r in read_metrics(self.path) if r["step"] <= start_step]
         self._file: TextIO | None = None
         if self.path.is_file():
+            kept = [r for r in read_metrics(self.path) if r["step"] <= start_step]
             # Replaced in one piece: a crash in between leaves the old file.
             fresh = self.path.with_suffix(".tmp")
-            fresh.write_text("".join(json.dumps(r) + "\n" for r in self.kept))
+            fresh.write_text("".join(json.dumps(r) + "\n" for r in kept))
             os.replace(fresh, self.path)
 
     def write(self, row: Mapping[str, Any]) -> None:
