@@ -288,20 +288,30 @@ def open_stored(
     if reader.is_hugging_face(directory):
         hub = reader.open_directory(directory)
         return Stored(str(directory), hub.part(kind).config, hub.data, hub=hub)
-    stored = _open_native(Path(directory))
+    stored = _open_native(*_at_step(Path(directory)))
     stored = dataclasses.replace(stored, verified=verified, merged=merged)
     if not isinstance(stored.config, TeacherConfig):
         check_ids(stored.model, stored.tokenizer)
     return stored
 
 
-def _open_native(directory: Path) -> Stored:
+def _at_step(directory: Path) -> tuple[Path, int | None]:
+    """(work directory, step) of WORKDIR/checkpoints/STEP, wherever config.storage keeps that;
+    (directory, None) of anything else."""
+    of_run = directory.name.isdigit() and directory.parent.name == "checkpoints"
+    if of_run and (directory.parents[1] / CONFIG).is_file():
+        return directory.parents[1], int(directory.name)
+    return directory, None
+
+
+def _open_native(directory: Path, step: int | None = None) -> Stored:
+    """`step`: of a run; None for the newest."""
     config, data = _read_config(directory)
     if not isinstance(config, RunConfig):
         trees = [open_tree(_absolute(directory / "params"))]
         return Stored(str(directory), config, data, trees=tuple(trees))
     storage = storage_of(directory, config)
-    step = latest_step(directory)
+    step = latest_step(directory) if step is None else step
     if step is None:
         raise UserError(f"{directory}: no finished checkpoint")
     path, arrays = open_tree(storage / "checkpoints" / str(step) / "params")

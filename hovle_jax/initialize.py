@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from hovle_jax import distill, heads, lora, model, sharding
-from hovle_jax.checkpoint import Stored, open_stored, read_config
-from hovle_jax.config import RunConfig, TeacherConfig
+from hovle_jax.checkpoint import Stored, open_stored
+from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.nn import teacher
 from hovle_jax.stages import Stage, get_stage
@@ -38,7 +39,7 @@ def placed(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> dict[s
 
 
 def check_order(config: RunConfig, stage: Stage) -> None:
-    """Refuses to start a stage from anything but the result of the stage before it."""
+    """Refuses to start a stage from anything but the result of the stage before it, or a model."""
     previous = config.init.previous
     if config.init.scratch or not stage.after:
         return
@@ -47,11 +48,13 @@ def check_order(config: RunConfig, stage: Stage) -> None:
             f"config.init.previous: stage {stage.name!r} starts from the work directory of stage "
             f"{stage.after!r}; set it, or set config.init.scratch=True to start without"
         )
-    stored = read_config(previous)
-    if isinstance(stored, RunConfig) and stage.name in get_stage(stored.stage).before:
-        return
-    if not isinstance(stored, RunConfig) or stored.stage != stage.after:
-        found = f"stage {stored.stage!r}" if isinstance(stored, RunConfig) else "no work directory"
+    stored = open_stored(previous).config
+    if isinstance(stored, ModelConfig):
+        return  # whole: `initial_params` refuses one that lacks parameters or has other settings
+    if not isinstance(stored, RunConfig) or (
+        stored.stage != stage.after and stage.name not in get_stage(stored.stage).before
+    ):
+        found = f"stage {stored.stage!r}" if isinstance(stored, RunConfig) else "no model"
         raise UserError(
             f"config.init.previous: {previous} is {found}, but stage {stage.name!r} starts from "
             f"{stage.after!r} (config.init.scratch=True skips this check)"
@@ -72,6 +75,7 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
         stored = open_stored(source.previous)
         if not source.scratch:
             check_model(stored, config, wanted)
+        _say_which(stored)
         before = stored.read(wanted)
         if source.llm and not source.scratch:
             check_same_table(llm, stored, found, before)
@@ -89,6 +93,17 @@ def initial_params(config: RunConfig, stage: Stage, mesh: jax.sharding.Mesh) -> 
     if missing:
         found |= _random(config, missing)
     return unflatten(found | _adapters(config, mesh))
+
+
+def _say_which(stored: Stored) -> None:
+    """The checkpoint a stage starts from; that of a run which has not ended may be an accident."""
+    if isinstance(stored.config, RunConfig) and jax.process_index() == 0:
+        steps = stored.config.steps
+        note = "warning: " if stored.step != steps else ""
+        print(
+            f"{note}starting from step {stored.step} of {steps} in {stored.directory}",
+            file=sys.stderr,
+        )
 
 
 def _adapters(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -169,8 +169,11 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
         # Weights depend on the batch alone, so every micro-batch can divide by the whole's.
         weights = stage.weights(batch, config)
         totals = jax.tree.map(jnp.sum, weights)
-        grads = functools.partial(_gradients, grad_fn, config.optim.accumulate)
-        loss, parts, gradient = grads(state.params, frozen, teacher_params, batch, totals)
+
+        def gradients(part: Any) -> Any:
+            return grad_fn(state.params, frozen, teacher_params, part, totals)
+
+        (loss, parts), gradient = sum_of_groups(gradients, config.optim.accumulate, batch)
         norm = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -198,26 +201,22 @@ def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     return step
 
 
-def _gradients(
-    grad_fn: Any, accumulate: int, params: Params, frozen: Params, teach: Params, batch: Any, w: Any
-) -> tuple[jax.Array, Metrics, Params]:
-    """(loss, its parts, gradient) of the whole batch, in `accumulate` groups of its rows."""
-    if accumulate == 1:
-        (loss, parts), grads = grad_fn(params, frozen, teach, batch, w)
-        return loss, parts, grads
+def sum_of_groups(fn: Callable[[Any], Any], groups: int, batch: Any) -> Any:
+    """What `fn` gives of a batch as a sum over its rows, `groups` parts one after the other."""
+    if groups == 1:
+        return fn(batch)
 
-    def group(x: jax.Array) -> jax.Array:
+    def split_rows(x: jax.Array) -> jax.Array:
         # Strided, so that each group keeps its rows on the devices that already hold them.
-        return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(params, frozen, teach, micro, w)), None
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, fn(part)), None
 
-    groups = jax.tree.map(group, batch)
-    first = jax.eval_shape(grad_fn, params, frozen, teach, jax.tree.map(lambda x: x[0], groups), w)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    ((loss, of_loss), grads), _ = jax.lax.scan(add, zeros, groups)
-    return loss, of_loss, grads
+    parts = jax.tree.map(split_rows, batch)
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+    return total
 
 
 def _by_source(values: jax.Array, batch: Any, config: RunConfig) -> jax.Array:

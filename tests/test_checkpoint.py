@@ -15,12 +15,17 @@ from etils import epath
 
 from hovle_jax.checkpoint import load, open_stored, write_config
 from hovle_jax.cli.main import main
+from hovle_jax.config import GroupConfig
 from hovle_jax.errors import UserError
+from hovle_jax.initialize import initial_params
 from hovle_jax.run import checkpoint_tools, digests, preemption
 from hovle_jax.run.checkpoints import Checkpoints, kept
 from hovle_jax.run.hosts import DataBarrier
 from hovle_jax.run.metrics import read_metrics
+from hovle_jax.sharding import make_mesh
+from hovle_jax.stages import get_stage
 from hovle_jax.train import Preempted, train
+from hovle_jax.tree import flatten
 from tests.chaos import cluster
 
 
@@ -44,9 +49,47 @@ def workdir(finished, tmp_path):
 def test_a_run_goes_on_with_the_teacher_it_began_with(world, tmp_path):
     config = world.config("distill")
     write_config(tmp_path, config)
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
     other = dataclasses.replace(config.teacher, select_layer=-2)
     with pytest.raises(UserError, match=r"with config.teacher.select_layer=-1; use that"):
         train(dataclasses.replace(config, teacher=other), tmp_path, devices=jax.devices()[:1])
+
+
+def test_the_number_of_groups_stays(world, tmp_path):
+    config = world.config("align")
+    write_config(tmp_path, config)
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    more = dataclasses.replace(
+        config.optim, groups=(*config.optim.groups, GroupConfig("none/.*", 1.0, 0.0))
+    )
+    with pytest.raises(UserError, match="with 2 config.optim.groups"):
+        train(dataclasses.replace(config, optim=more), tmp_path, devices=jax.devices()[:1])
+
+
+def test_a_start_that_failed_binds_nobody(world, tmp_path):
+    """Before the first checkpoint a run may begin anew with less: the usual way to fit memory."""
+    first = config_of(world, data__tokens=128)
+    write_config(tmp_path, first)
+    train(config_of(world, steps=1), tmp_path, devices=jax.devices()[:1], quiet=True)
+    with pytest.raises(UserError, match="belongs to a run with config.data.tokens=96"):
+        train(first, tmp_path, devices=jax.devices()[:1], quiet=True)
+
+
+def test_an_earlier_checkpoint_stands_for_its_run(world, tmp_path, capsys):
+    """Wherever a model directory can: the best one, not only the newest."""
+    config = config_of(world, steps=4, save_every=2, keep=2, storage=str(tmp_path / "bucket"))
+    train(config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
+    early, late = tmp_path / "run/checkpoints/2", tmp_path / "run"
+    assert (open_stored(early).step, open_stored(late).step) == (2, 4)
+    params = [flatten(load(path)[1]) for path in (early, late, tmp_path / "run/checkpoints/4")]
+    equal = [all((params[i][k] == x).all() for k, x in params[1].items()) for i in (0, 2)]
+    assert equal == [False, True]
+    capsys.readouterr()
+    following = world.config("instruct", init__previous=str(early))
+    mesh = make_mesh(following.mesh, jax.devices()[:1])
+    initial_params(following, get_stage("instruct"), mesh)
+    said = f"warning: starting from step 2 of 4 in {tmp_path / 'run'}"
+    assert said in capsys.readouterr().err
 
 
 def files(directory: Path) -> list[Path]:

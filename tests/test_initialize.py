@@ -6,13 +6,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
-from hovle_jax.checkpoint import Stored
-from hovle_jax.config import LayersConfig, ModelConfig, RunConfig, TeacherConfig
+from hovle_jax import model
+from hovle_jax.checkpoint import Stored, load, save_model
+from hovle_jax.config import LayersConfig, MeshConfig, ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.initialize import check_model, check_same_table
+from hovle_jax.initialize import check_model, check_order, check_same_table, initial_params
+from hovle_jax.sharding import make_mesh
+from hovle_jax.stages import get_stage
+from hovle_jax.tree import flatten
 from tests import small
 
 # Of a stack: what parameters show, by their shapes; what acts at the beginning, or past the trained
@@ -121,3 +126,23 @@ def test_the_decoder_is_of_the_llm_whose_table_was_distilled():
     look(91)
     look(0, previous=decoder)  # whose LLM is not read
     look(0, run=dataclasses.replace(one, stage="align"))  # which trains the table
+
+
+def test_a_stage_goes_on_from_a_model(world, tmp_path):
+    """As from the released one: whole and with the same settings, or not at all."""
+    path = tmp_path / "released"
+    save_model(path, world.model, model.init(jax.random.key(3), world.model))
+    config = world.config("instruct", init__previous=str(path), init__llm="")
+    stage, mesh = get_stage("instruct"), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    check_order(config, stage)
+    params = flatten(initial_params(config, stage, mesh))
+    for name, x in flatten(load(path)[1]).items():
+        np.testing.assert_array_equal(params[name], x)
+    other = dataclasses.replace(world.model, shuffle_loc="post")
+    with pytest.raises(UserError, match="^config.model.shuffle_loc is 'post', but"):
+        initial_params(dataclasses.replace(config, model=other), stage, mesh)
+    save_model(
+        path, world.model, {"decoder": model.init(jax.random.key(3), world.model)["decoder"]}
+    )
+    with pytest.raises(UserError, match="no source has embedding/"):
+        initial_params(config, stage, mesh)

@@ -17,22 +17,26 @@ import pytest
 from hovle_jax.bench.overhead import summary
 from hovle_jax.checkpoint import latest_step, load
 from hovle_jax.cli.main import main
+from hovle_jax.config import MeshConfig
 from hovle_jax.data import inspect
 from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.run.goodput import split_time
+from hovle_jax.run.heldout import jit_sums
 from hovle_jax.run.metrics import read_metrics
 from hovle_jax.run.plot import read_run
 from hovle_jax.run.profiler import parse_window
 from hovle_jax.run.replay import compare, replay
 from hovle_jax.run.reporter import peak_shares
 from hovle_jax.run.sinks import open_sinks
+from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import get_stage
 from hovle_jax.tpu import aot, chips
 from hovle_jax.train import train as train_on
-from hovle_jax.train_step import make_loss
-from hovle_jax.tree import flatten
+from hovle_jax.train_step import make_loss, trainable_regex
+from hovle_jax.tree import flatten, split
 
 
 def train(config, workdir, **options):
@@ -146,6 +150,31 @@ def test_held_out_losses_are_those_of_the_held_out_records(config, whole, world)
     for term in ("image", "text"):
         assert row[f"loss/{term}"] == pytest.approx(float(parts[term]), rel=1e-5)
         assert row[f"source/{pipeline.names[0]}/loss/{term}"] == row[f"loss/{term}"]
+
+
+def test_held_out_records_take_no_more_memory_than_training(config):
+    """As many rows at once; the sums are those of all rows."""
+    found, shapes = [], []
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    stage = get_stage(config.stage)
+    pipeline = Pipeline(
+        config, stage.data, stage.token_weights, Tokenizer.load(config.data.tokenizer), quiet=True
+    )
+    batch = next(pipeline.held_out())
+    for accumulate in (1, 4):
+        optim = dataclasses.replace(config.optim, accumulate=accumulate)
+        changed = dataclasses.replace(config, optim=optim)
+        with jax.set_mesh(mesh):
+            params = initial_params(changed, stage, mesh)
+            parts = split(params, trainable_regex(changed))
+            arguments = (*parts, teacher_params(changed, mesh), batch)
+            run = jit_sums(changed, mesh)
+            found.append(jax.device_get(run(*arguments)))
+            program = run.lower(*arguments).as_text()
+        rows, tokens = config.data.rows, config.data.tokens
+        shapes.append([f"tensor<{n}x{tokens}x32x" in program for n in (rows, rows // 4)])
+    assert shapes == [[True, False], [False, True]]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
 
 
 def test_replay_says_so_or_names_the_first_difference(config, disturbed):

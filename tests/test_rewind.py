@@ -3,6 +3,7 @@ a crash."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -17,7 +18,7 @@ from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.run import goodput
 from hovle_jax.run.metrics import read_metrics
 from hovle_jax.run.replay import replay
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import STAGES, get_stage
 from hovle_jax.train import train
 from hovle_jax.tree import flatten
 
@@ -68,6 +69,33 @@ def test_it_goes_back_once_and_leaves_batches_out(config, whole):
     assert cursor_after(target) == row["cursor"] == cursors[row["to"] + left_out - 1]
     seconds = goodput.split_time(read_metrics(whole / "goodput.jsonl"))
     assert seconds["lost"] > 0
+
+
+def test_a_gradient_that_is_not_finite_costs_no_rewind(world, tmp_path):
+    """Its step is left out already; going back would lose good ones."""
+
+    @jax.custom_jvp
+    def same(x):
+        return x
+
+    same.defjvp(lambda primals, tangents: (primals[0], tangents[0] * np.nan))
+    align = get_stage("align")
+
+    def terms(*args):
+        return {k: same(x) for k, x in align.terms(*args).items()}
+
+    STAGES.add("nan_gradient")(dataclasses.replace(align, name="nan_gradient", terms=terms))
+    try:
+        changes = {"init__scratch": True, "guards__rewind": 2, "save_every": 2, "steps": 4}
+        config = dataclasses.replace(world.config("align", **changes), stage="nan_gradient")
+        train(config, tmp_path, devices=DEVICES, quiet=True)
+    finally:
+        del STAGES["nan_gradient"]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert len(read_metrics(tmp_path / "bad_batches.jsonl")) == 4
+    assert read_rewinds(epath.Path(tmp_path)) == []
 
 
 class Killed(Exception):

@@ -17,7 +17,7 @@ from hovle_jax.errors import UserError
 from hovle_jax.run.agreement import exchange
 from hovle_jax.run.prepare import Run
 from hovle_jax.stages import get_stage
-from hovle_jax.train_step import param_shardings, stage_shapes, teacher_shardings
+from hovle_jax.train_step import param_shardings, stage_shapes, sum_of_groups, teacher_shardings
 
 Params = dict[str, Any]
 
@@ -30,14 +30,19 @@ def jit_sums(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
 
     def sums(trainable: Params, frozen: Params, teach: Params, batch: Any) -> Params:
         params = lora.join(frozen, trainable, config.lora)
-        values = stage.terms(params, teach, batch, config)
-        ids, most = batch["source_ids"], config.data.max_sources
 
-        def both(value: jax.Array, weight: jax.Array) -> jax.Array:
-            parts = (value * weight, weight)
-            return jnp.stack([losses.sum_by_source(x, ids, most) for x in parts])
+        def of_rows(batch: Any) -> Params:
+            values = stage.terms(params, teach, batch, config)
+            ids, most = batch["source_ids"], config.data.max_sources
 
-        return {k: both(values[k], w) for k, w in stage.weights(batch, config).items()}
+            def both(value: jax.Array, weight: jax.Array) -> jax.Array:
+                parts = (value * weight, weight)
+                return jnp.stack([losses.sum_by_source(x, ids, most) for x in parts])
+
+            return {k: both(values[k], w) for k, w in stage.weights(batch, config).items()}
+
+        # As many rows at once as training has: what fits there fits here.
+        return sum_of_groups(of_rows, config.optim.accumulate, batch)
 
     return jax.jit(
         sums,

@@ -35,8 +35,10 @@ class MetricLog:
         self._file.flush()
 
     def close(self) -> None:
+        """Until the next row."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

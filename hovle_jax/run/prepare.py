@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from hovle_jax import sharding
-from hovle_jax.checkpoint import open_stored, read_config, storage_of, write_tree
+from hovle_jax.checkpoint import latest_step, open_stored, read_config, storage_of, write_tree
 from hovle_jax.config import RunConfig, to_dict
 from hovle_jax.data import files
 from hovle_jax.data.pipeline import START, Cursor, Pipeline
@@ -133,7 +133,7 @@ def open_run(
         if not config.data.tokenizer:
             raise UserError("config.data.tokenizer: needs a tokenizer directory")
         tokenizer = Tokenizer.load(config.data.tokenizer)
-        _check_same_tokenizer(tokenizer, workdir / "tokenizer")
+        _check_same_tokenizer(tokenizer, workdir)
         mesh = make_mesh(config.mesh, devices)
         check_batch(config, mesh)
         sharding.share_of_rows(mesh)
@@ -170,9 +170,12 @@ def _check_local(config: RunConfig, workdir: str | Path) -> None:
         files.check_local(more.path, f"config.teachers[{i}].path")
 
 
-def _check_same_tokenizer(tokenizer: Tokenizer, saved: Path) -> None:
+def _check_same_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
     """By its content: it may have moved."""
-    if saved.is_dir() and Tokenizer.load(saved).fingerprint != tokenizer.fingerprint:
+    saved = workdir / "tokenizer"
+    if not saved.is_dir() or latest_step(workdir) is None:
+        return
+    if Tokenizer.load(saved).fingerprint != tokenizer.fingerprint:
         raise UserError(f"config.data.tokenizer: is not the one this run began with ({saved})")
 
 
@@ -183,6 +186,13 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
     stored = read_config(workdir)
     if not isinstance(stored, RunConfig):
         raise UserError(f"{workdir}: is a model directory, not the work directory of a run")
+    if latest_step(workdir) is None:
+        return  # nothing to go on from: a start that failed is begun anew, whatever has changed
+    if len(stored.optim.groups) != len(config.optim.groups):
+        raise UserError(
+            f"{workdir}: belongs to a run with {len(stored.optim.groups)} config.optim.groups, by "
+            "which the optimizer's state is laid out; use as many, or a new --workdir"
+        )
     free = {
         "data.rows",
         "data.tokenizer",  # checked by its content

@@ -54,6 +54,8 @@ class Reporter:
         self.last: dict[str, Any] = {}
         self._logs: dict[str, MetricLog] = {}
         self._sinks: list[Sink] = []
+        rows = read_metrics(run.workdir / "metrics.jsonl")
+        self._losses = [(row["step"], row["loss"]) for row in rows]  # of all steps so far
         self._open(done)
 
     def _open(self, done: int) -> None:
@@ -61,8 +63,10 @@ class Reporter:
         goes."""
         self._close()
         config, workdir, self._done = self._run.config, self._run.workdir, done
-        recent = [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if r["step"] <= done]
-        self._guard = LossGuard(config.guards, recent[-config.guards.spike_window :])
+        # Not read again: on other hosts the file may lag behind, and all have to see the same.
+        self._losses = [(step, loss) for step, loss in self._losses if step <= done]
+        recent = self._losses[-config.guards.spike_window :]
+        self._guard = LossGuard(config.guards, [loss for _, loss in recent])
         self.spike: tuple[int, str] | None = None  # a step that spiked, and by how much
         names = ("metrics", "eval", "bad_batches") if self.leads else ()
         self._logs = {name: MetricLog(workdir / f"{name}.jsonl", done) for name in names}
@@ -128,6 +132,9 @@ class Reporter:
         self._account(step=row["step"])
         self._free = time.monotonic()
         self._write("eval", row, "eval/")
+        if self.leads:
+            # Says which checkpoints are the best; a mounted bucket has files once they are closed.
+            self._logs["eval"].close()
         if not self._quiet:
             found = [f"held-out loss {row['loss']:.4f}"] if "loss" in row else []
             tasks = (name for name in row if name.startswith("task/"))
@@ -163,13 +170,14 @@ class Reporter:
         if used := _memory():
             row["hbm_peak_bytes"] = used
         self._write("metrics", row)
+        self._losses.append((step, row["loss"]))
         self.last = row
         if not self._quiet:
             text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
             self._progress.update(step, text)
         if reason := self._guard.look(row["loss"], row["grad_norm"]):
             self._warn(step, reason, pending.cursor)
-            if math.isfinite(row["loss"]):
+            if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
                 self.spike = step, reason
         self._guard.check(step, self._run.workdir / "bad_batches.jsonl")
 
