@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import errno
 import json
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from hovle_jax import checkpoint, model
 from hovle_jax.cli.main import main
 from hovle_jax.config import DataConfig, InitConfig, LayersConfig, ModelConfig, TeacherConfig
 from hovle_jax.errors import UserError
-from hovle_jax.hf import config_json, live, names, shards
+from hovle_jax.hf import card, config_json, live, names, shards
 from hovle_jax.hf.directory import new_directory
 from hovle_jax.hf.export import export
 from hovle_jax.hf.importer import import_directory
@@ -30,7 +32,7 @@ from hovle_jax.nn import teacher
 from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import get_stage
 from hovle_jax.train import train
-from hovle_jax.tree import flatten
+from hovle_jax.tree import flatten, unflatten
 from tests.conftest import TEACHER as TEACHER_CONFIG
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -91,6 +93,22 @@ def test_half_precision_round_trip(dtype, tmp_path):
     assert_same(tensors_of(tmp_path / "out"), tensors_of(source))
     described = json.loads((tmp_path / "out/config.json").read_text())
     assert described["torch_dtype"] == described["llm_config"]["torch_dtype"] == dtype
+
+
+def test_a_tensor_of_several_parameters_has_the_widest_dtype(tmp_path):
+    """As after training v alone, beside q and k that were kept in bfloat16."""
+    import_directory(A_PRE, tmp_path / "native")
+    config, params = hovle_jax.load(tmp_path / "native")
+    wide = "decoder/layers/attention/v/kernel"
+    flat = {k: x if k == wide else x.astype("bfloat16") for k, x in flatten(params).items()}
+    assert wide in flat
+    checkpoint.save_model(tmp_path / "mixed", config, unflatten(flat))
+    export(tmp_path / "mixed", tmp_path / "out", PLAIN)
+    again = flatten(hovle_jax.load(tmp_path / "out")[1])
+    np.testing.assert_array_equal(again[wide], flat[wide])
+    assert {k for k, x in again.items() if x.dtype == "float32"} == {
+        k for k in flat if re.fullmatch("decoder/layers/attention/[qkv]/kernel", k)
+    }
 
 
 def test_unused_tensors_come_back(tmp_path):
@@ -614,6 +632,26 @@ def test_export_refuses_what_it_would_overwrite(tmp_path, one_line_error):
     (tmp_path / "out/precious").write_text("x")
     assert "exists already" in one_line_error(["export", str(A_PRE), str(tmp_path / "out")])
     assert (tmp_path / "out/precious").read_text() == "x"
+
+
+def test_a_new_directory_may_be_a_link_and_no_mount(tmp_path, monkeypatch):
+    """A mounted disk cannot be replaced by the directory beside it, which was written whole."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with new_directory(tmp_path / "link", 0) as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "disk/file").read_text() == "x" and (tmp_path / "link").is_symlink()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("out"))
+    with (
+        pytest.raises(UserError, match="out: is where a disk is mounted"),
+        new_directory(tmp_path / "out", 0),
+    ):
+        pass
+
+
+def test_an_export_needs_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert card._commit() in ("unknown commit", "released package")
 
 
 def test_fused_is_the_same_function(tmp_path):

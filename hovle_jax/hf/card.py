@@ -107,10 +107,9 @@ def _commit() -> str:
     root = Path(hovle_jax.__file__).parent.parent
     if not (root / ".git").exists():
         return "released package"
-    found = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown commit"
     return f"commit {found.stdout.strip()}" if found.returncode == 0 else "unknown commit"

@@ -26,7 +26,9 @@ def new_directory(out: str | Path, need: int) -> Iterator[Path]:
       UserError: OUT is not empty, cannot be written, or the disk is too small.
     """
     files.check_local(out, "the new directory")
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
+    if os.path.ismount(out):  # could be neither replaced nor removed
+        raise UserError(f"{out}: is where a disk is mounted; choose a directory below it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; remove it or choose another directory")
     partial = out.with_name(f"{out.name}.partial")

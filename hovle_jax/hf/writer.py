@@ -7,6 +7,7 @@ what was verified. Weights are converted one tensor at a time, without torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -186,7 +187,8 @@ def _dtype(stored: Stored, row: names.Row) -> np.dtype[Any]:
         if tensor is not None and tensor.dtype is not None:
             return tensor.dtype
         return stored.dtype_of("embedding/text/table")
-    return stored.dtype_of(row.native[0])
+    # A tensor of several parameters, of which some may have trained: none of them is rounded.
+    return functools.reduce(np.promote_types, map(stored.dtype_of, row.native))
 
 
 def _kept(stored: Stored) -> Mapping[str, Tensor]:

@@ -92,7 +92,9 @@ def rotary_coordinates(images, config, position_ids, cache, layer):
     extra = width - 1
     index = position_ids + shift + extra.cumsum(1) - extra
     if cache is not None and is_image.any():
-        known[layer] = (past + is_image.shape[1], shift + extra.sum(1, keepdim=True))
+        places = torch.arange(is_image.shape[1], device=is_image.device)
+        after = int((places * is_image).max()) + 1  # cropped to here, all images are still there
+        known[layer] = (past + after, shift + extra.sum(1, keepdim=True))
     row, column = in_tile // images.grid[1], in_tile % images.grid[1]
     axes = {"2d": (index + row, index + column), "3d": (index, index + row, index + column)}
     chosen = torch.stack(axes[scheme], dim=-1)
