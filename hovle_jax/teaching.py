@@ -46,11 +46,13 @@ class TeacherConfig:
     std: tuple[float, ...] = IMAGE_STD
     initializer_range: float = 0.02
     dtype: str = "bfloat16"
+    attention: str = "auto"  # auto: the kernel of `nn/tile_attention.py` where it fits | xla
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
             raise UserError("teacher.mean and teacher.std must have three numbers")
         one_of("teacher.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("teacher.attention", self.attention, ("auto", "xla"))
         one_of("teacher.norm", self.norm, ("layer", "rms"))
         one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
         one_of("teacher.activation", self.activation, ("gelu", "gelu_tanh", "silu"))

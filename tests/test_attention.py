@@ -235,11 +235,18 @@ def test_the_teacher_on_tpu_is_the_teacher(monkeypatch, kind):
         return functools.partial(teacher.apply, params, config=config)
 
     expected = jax.jit(run())(pixels)
-    tile = functools.partial(attention.attend_all, implementation="tile_interpret")
+
+    def tile(*args):
+        how = {"auto": "tile_interpret"}  # as if on TPU
+        return attention.attend_all(*args[:-1], how.get(args[-1], args[-1]))
+
     monkeypatch.setattr(vit, "attend_all", tile)
     monkeypatch.setattr(vit, "aligned", lambda length: length + -length % 16)
     text = str(jax.make_jaxpr(run())(pixels))
     assert "tile_mha_fwd" in text and "[2,32,128]" in text
+    plain = dataclasses.replace(config, attention="xla")  # should the kernel not compile
+    text = str(jax.make_jaxpr(functools.partial(teacher.apply, params, config=plain))(pixels))
+    assert "tile_mha_fwd" not in text
     found = jax.jit(run())(pixels)
     for name, value in expected.items():
         assert value.shape == found[name].shape

@@ -135,7 +135,8 @@ class VisionLayer(nn.Module):
             )
 
         y = norm("norm1")(x).astype(x.dtype)
-        y = attend_all(project("q"), project("k"), project("v"), size, self.length)
+        qkv = project("q"), project("k"), project("v")
+        y = attend_all(*qkv, size, self.length, c.attention)
         axes = ("heads", "head_dim", "embed")
         y = HeadLinear(split, width, axes, c.initializer_range, True, name="o")(y)
         x = x + scale("ls1", y)

@@ -207,6 +207,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.remat",
         "model.attention",
         "model.loss_chunk",
+        "teacher.attention",
     }
     for name in (
         "stage",
