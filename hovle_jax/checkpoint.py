@@ -1,7 +1,7 @@
 """Model directories: what is on disk, how it is written, how it is read onto any mesh.
 
     model or teacher directory          work directory of a run
-      config.json                         config.json
+      config.json  plugins/               config.json  plugins/  .py files of model.plugins
       params/       all parameters        frozen/            parameters the run does not train, once
       tokenizer/    (models)              checkpoints/STEP/  params/ optimizer/ meta (cursor)
       unused.safetensors (imported)       tokenizer/  metrics.jsonl
@@ -45,6 +45,7 @@ from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
 from hovle_jax.nn import teacher
 from hovle_jax.output import replace_json
+from hovle_jax.registry import copy_plugins, load_plugins
 from hovle_jax.run import digests
 from hovle_jax.run.metrics import parse_rows
 from hovle_jax.streaming import open_arrays, read_array
@@ -52,6 +53,7 @@ from hovle_jax.tree import flatten, unflatten
 
 REWINDS = "rewinds.jsonl"  # beside the checkpoints
 CONFIG = "config.json"
+PLUGINS = "plugins"  # copies of the config's plug-in files
 UNUSED = "unused.safetensors"  # released tensors that nothing reads (hf.importer)
 _KINDS: dict[str, Any] = {"model": ModelConfig, "teacher": TeacherConfig, "run": RunConfig}
 _PACKAGES = ("hovle-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
@@ -59,7 +61,7 @@ Config = ModelConfig | TeacherConfig | RunConfig
 
 
 def write_config(directory: str | Path, config: Config, data: DataConfig | None = None) -> None:
-    """config.json: what the directory is, its resolved config and the package versions.
+    """config.json: what the directory is, its resolved config and the package versions; plug-ins.
 
     `data` keeps the chat template and tile limits of a model that is no run.
     """
@@ -69,6 +71,9 @@ def write_config(directory: str | Path, config: Config, data: DataConfig | None 
     body = {"kind": kind, "config": to_dict(config), "versions": versions}
     if data is not None:
         body["data"] = to_dict(data)
+    if not isinstance(config, TeacherConfig):
+        plugins = (config.model if isinstance(config, RunConfig) else config).plugins
+        copy_plugins(plugins, Path(directory) / PLUGINS)
     replace_json(Path(directory) / CONFIG, body)
 
 
@@ -83,6 +88,8 @@ def _read_config(directory: str | Path) -> tuple[Config, DataConfig | None]:
         raise UserError(f"{directory}: no {CONFIG}; expected a model or work directory")
     try:
         body = json.loads(path.read_text())
+        model_part = body["config"].get("model", body["config"])
+        load_plugins(model_part.get("plugins", ()), Path(directory) / PLUGINS)
         config = from_dict(_KINDS[body["kind"]], body["config"], str(path))
         data = from_dict(DataConfig, body["data"], str(path)) if "data" in body else None
     except (json.JSONDecodeError, KeyError) as error:

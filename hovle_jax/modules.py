@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +35,17 @@ def load_module(path: str | Path, what: str) -> ModuleType:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what}: {path}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{what}: {failure(path, error)}") from error
     finally:
         sys.path.remove(beside)
     return module
+
+
+def failure(path: str | Path, error: Exception) -> str:
+    """One line: the file, its last line that was running, and what went wrong."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    where = f"{path}, line {lines[-1]}" if lines else f"{path}"
+    return f"{where}: {type(error).__name__}: {one_line(error)}"
 
 
 def require(name: str, extra: str, why: str) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.abc
 import importlib.util
@@ -23,9 +24,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hovle_jax.errors import UserError, one_line
+from hovle_jax.errors import UserError
+from hovle_jax.modules import failure
 
 T = TypeVar("T")
+
+ORIGINS: dict[tuple[str, str], str] = {}  # (key of a registry, name) -> the file that added it
 
 
 class Registry(dict[str, T]):
@@ -39,9 +43,15 @@ class Registry(dict[str, T]):
         """A decorator (or `add(name)(value)`); a name is given once."""
 
         def register(value: T) -> T:
+            file = sys._getframe(1).f_code.co_filename
             if name in self:
-                raise UserError(f"{self.key}: {name!r} is registered already; take another name")
-            self[name] = value
+                by = ORIGINS.get((self.key, name), "the package")
+                raise UserError(
+                    f"{self.key}: {name!r} is registered already, by {by}; {file} must take "
+                    "another name"
+                )
+            self[name], ORIGINS[self.key, name] = value, file
+            _digest(file)  # as it is now
             return value
 
         return register
@@ -57,17 +67,78 @@ class Registry(dict[str, T]):
         return self[name]
 
 
-def load_plugins(names: Iterable[str]) -> None:
-    """Imports modules by dotted name, or files by a path that ends in .py; each of them once."""
+def load_plugins(names: Iterable[str], copies: Path | None = None) -> None:
+    """Imports modules by dotted name, or files by a path that ends in .py; identical ones once.
+
+    copies: what `copy_plugins` wrote; a copy stands for a file that is missing or another one now,
+    unless this process has run that already.
+    """
     for name in names:
-        _load(str(Path(name).resolve()) if name.endswith(".py") else name)
+        if not name.endswith(".py"):
+            _import(name, name)
+            continue
+        path = Path(name).resolve()
+        if copies is not None:
+            _STANDS[path] = _or_copy(name, path, copies / _copy_name(name))
+        file = _STANDS.setdefault(path, path)
+        if file not in _SOURCES:
+            _SOURCES[file] = _run(file)
 
 
-_FILES = "HOVLE_PLUGIN_FILES"  # of this process and of those that it starts
+def copy_plugins(names: Iterable[str], directory: Path) -> None:
+    """Writes plug-in files as they ran."""
+    names = [name for name in names if name.endswith(".py")]
+    load_plugins(names)
+    for name in names:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _copy_name(name)).write_bytes(_SOURCES[_STANDS[Path(name).resolve()]])
 
 
-def _module_name(path: str) -> str:
-    return f"hovle_plugin_{Path(path).stem}_{zlib.crc32(path.encode()):08x}"
+def code_digests(plugins: Iterable[str], text: str) -> list[str]:
+    """Of code outside the package: plug-in files, and files that added a name `text` has in
+    quotes."""
+    load_plugins(plugins)
+    files = {str(Path(name).resolve()) for name in plugins if name.endswith(".py")}
+    files |= {file for (_, name), file in ORIGINS.items() if f'"{name}"' in text}
+    return sorted(filter(None, map(_digest, files)))
+
+
+_SOURCES: dict[Path, bytes] = {}  # files that ran
+_STANDS: dict[Path, Path] = {}  # a plug-in's path -> the file that ran for it
+_FILES = "HOVLE_PLUGIN_FILES"  # MODULE=PATH:... of this process and of those that it starts
+
+
+def _copy_name(name: str) -> str:
+    return f"{Path(name).stem}-{zlib.crc32(name.encode()):08x}.py"
+
+
+def _or_copy(name: str, path: Path, copy: Path) -> Path:
+    if not copy.is_file():
+        return path
+    kept, where = copy.read_bytes(), copy.parent.parent
+    if path in _SOURCES:
+        if _SOURCES[path] != kept:
+            _say(f"model.plugins: {name} has changed since {where} was written; it runs as it is")
+        return path
+    if path.is_file():
+        if path.read_bytes() == kept:
+            return path
+        _say(f"model.plugins: {name} is not the file that {where} was written with; {copy} runs")
+    return copy
+
+
+@functools.cache
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@functools.cache
+def _digest(file: str) -> str:
+    """As it was when first asked; '' of the package's own, and of what is no file."""
+    path = Path(file)
+    if path.is_relative_to(Path(__file__).parent) or not path.is_file():
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class _Files(importlib.abc.MetaPathFinder):
@@ -76,22 +147,30 @@ class _Files(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if not name.startswith("hovle_plugin_"):
             return None
-        files = os.environ.get(_FILES, "").split(os.pathsep)
-        file = next((f for f in files if _module_name(f) == name), None)
+        known = (f.partition("=") for f in os.environ.get(_FILES, "").split(os.pathsep))
+        file = next((file for module, _, file in known if module == name), None)
         return file and importlib.util.spec_from_file_location(name, file)
 
 
 sys.meta_path.append(_Files())
 
 
-@functools.cache
-def _load(name: str) -> None:
+def _run(file: Path) -> bytes:
+    """As a module named by its content."""
+    if not file.is_file():
+        raise UserError(f"model.plugins: no such file {file}")
+    source = file.read_bytes()
+    module = f"hovle_plugin_{hashlib.sha256(source).hexdigest()[:16]}"
+    known = os.environ.get(_FILES, "").split(os.pathsep)
+    os.environ[_FILES] = os.pathsep.join(dict.fromkeys([*filter(None, known), f"{module}={file}"]))
+    _import(module, str(file))
+    return source
+
+
+def _import(module: str, name: str) -> None:
     try:
-        if name.endswith(".py"):
-            known = os.environ.get(_FILES, "").split(os.pathsep)
-            os.environ[_FILES] = os.pathsep.join(dict.fromkeys([*filter(None, known), name]))
-        importlib.import_module(_module_name(name) if name.endswith(".py") else name)
+        importlib.import_module(module)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model.plugins: {name}: {one_line(error)}") from error
+        raise UserError(f"model.plugins: {failure(name, error)}") from error

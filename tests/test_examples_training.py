@@ -27,6 +27,7 @@ from hovle_jax.optim import OPTIMIZERS
 from hovle_jax.registry import load_plugins
 from hovle_jax.run.hosts import make_mesh
 from hovle_jax.run.metrics import read_metrics
+from hovle_jax.run.prepare import _check_same_run
 from hovle_jax.stages import get_stage
 from hovle_jax.tpu import aot
 from hovle_jax.train import train
@@ -65,6 +66,8 @@ def test_stage_one_of_plugins(world, tmp_path):
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for name in ("loss/image", "loss/text"):
         assert rows[-1][name] < rows[0][name], name
+    more = dataclasses.replace(config.model, plugins=(*plugins, *plug_in("stage")))
+    _check_same_run(dataclasses.replace(config, model=more), tmp_path / "run")  # is taken
     with pytest.raises(UserError, match="belongs to a run with config.optim.name='lion'"):
         other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
         train(other, tmp_path / "run", devices=jax.devices()[:1], quiet=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -185,6 +187,35 @@ def test_arms_share_what_they_do_not_change():
     assert keys[0][:2] == keys[1][:2] and keys[0][2] != keys[1][2]
     assert all(a != b for a, b in zip(keys[0], keys[2], strict=True))
     assert all(a != b for a, b in zip(keys[0], keys[3], strict=True))
+
+
+def test_results_are_of_the_code_they_came_from(tmp_path):
+    """An edited plug-in or study gives other keys to the arms that use it, and to no others."""
+
+    def keys(version: int) -> list[str]:
+        (tmp_path / "part.py").write_text(f"VERSION = {version}\n")
+        (tmp_path / "own.py").write_text(
+            "import dataclasses\n"
+            "from hovle_jax.stages import STAGES\n"
+            "from hovle_jax.study.plan import Arm, Study\n"
+            f"STAGES.add('own')(dataclasses.replace(STAGES['distill'], name='{version}'))\n"
+            "def get_study():\n"
+            "    plug = {'model.plugins': ('PART',)}\n"
+            "    own = {'distill:stage': 'own'}\n"
+            "    arms = Arm('plain'), Arm('plugged', plug), Arm('own', own)\n"
+            "    return Study('?', arms)\n".replace("PART", str(tmp_path / "part.py"))
+        )
+        code = (
+            "from hovle_jax.study.plan import read_study; import sys\n"
+            "study = read_study(sys.argv[1])\n"
+            "print(*(study.key(arm, 'distill') for arm in study.arms))"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "own.py")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    before, after = keys(1), keys(2)
+    assert len({*before}) == 3
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 
 def test_what_is_wrong_with_a_study_is_one_line(tmp_path):

@@ -208,6 +208,7 @@ def _check_same_run(config: RunConfig, workdir: Path) -> None:
         "model.attention",
         "model.loss_chunk",
         "teacher.attention",
+        "model.plugins",  # read_config says what has changed
     }
     for name in (
         "stage",

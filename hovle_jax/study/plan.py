@@ -18,6 +18,7 @@ from typing import Any
 from hovle_jax.config import to_dict
 from hovle_jax.errors import UserError
 from hovle_jax.modules import load_module
+from hovle_jax.registry import code_digests
 
 STAGES = ("distill", "align", "instruct")
 
@@ -77,11 +78,17 @@ class Study:
         return _of(self.changes, stage) | _of(arm.changes, stage)
 
     def key(self, arm: Arm, upto: str) -> str:
-        """The same for arms that are the same up to this stage: they share its result."""
+        """The same for arms that are the same up to this stage: they share its result.
+
+        The same code, too, of plug-ins and of whatever file registered a part that an arm names.
+        """
         chain = []
         for stage in arm.stages[: arm.stages.index(upto) + 1]:
             images = arm.images if stage == "distill" else 0
-            chain.append([stage, images, sorted(self.of(arm, stage).items())])
+            own = self.of(arm, stage)
+            text = json.dumps([stage, own], default=to_dict)
+            code = code_digests(own.get("model.plugins", ()), text)
+            chain.append([stage, images, sorted(own.items()), *code])
         text = json.dumps([chain, to_dict(self.sizes)], default=to_dict)
         return f"{upto}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
