@@ -59,7 +59,7 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
         regex = config.trainable or stage.trainable
         raise UserError(f"config.trainable: {regex!r} matches no parameter of stage {stage.name!r}")
     text = next((path for path in own if path.startswith("embedding/text/")), None)
-    if text and stage.terms is distill.terms:
+    if text and stage.teacher and "text" in _terms(config):
         regex = config.trainable or stage.trainable
         raise UserError(
             f"config.trainable: {regex!r} matches {text}, which stage {stage.name!r} has for its "
@@ -67,6 +67,24 @@ def stage_shapes(config: RunConfig) -> tuple[Params, Params]:
         )
     dtype = jnp.dtype(config.model.dtype)
     return trainable, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
+
+
+def _terms(config: RunConfig) -> Any:
+    """Names of the stage's losses."""
+    return jax.eval_shape(
+        lambda x: get_stage(config.stage).weights(x, config), batch_shapes(config)
+    )
+
+
+def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """One global batch, as `data.pipeline.Pipeline` makes it."""
+    data, size = config.data, config.model.image_size
+    shape = (data.rows, data.tokens)
+    names = ("input_ids", "segment_ids", "position_ids", "labels", "source_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["loss_weight"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch["pixels"] = jax.ShapeDtypeStruct((data.rows, data.tiles, size, size, 3), jnp.uint8)
+    return batch
 
 
 def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -147,12 +165,25 @@ def make_loss(config: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
     ) -> tuple[jax.Array, Metrics]:
         params = lora.join(frozen, trainable, config.lora)
         values = stage.terms(params, teacher_params, batch, config)
-        weighted = {k: values[k] * w for k, w in stage.weights(batch, config).items()}
+        weights = stage.weights(batch, config)
+        _check_terms(config, values, weights)
+        weighted = {k: values[k] * w for k, w in weights.items()}
         shares = {k: jnp.sum(x) / jnp.maximum(totals[k], 1e-6) for k, x in weighted.items()}
         by_source = {f"{k}/source": _by_source(x, batch, config) for k, x in weighted.items()}
         return jnp.sum(jnp.stack(list(shares.values()))), shares | by_source
 
     return loss
+
+
+def _check_terms(config: RunConfig, values: Metrics, weights: Metrics) -> None:
+    """A loss of another shape would be broadcast, one without a weight left out."""
+    for term in sorted({*values, *weights}):
+        loss, weight = (list(x[term].shape) if term in x else "none" for x in (values, weights))
+        if loss != weight:
+            raise UserError(
+                f"config.stage {config.stage!r}, term {term!r}: shape of the losses {loss}, of "
+                f"their weights {weight}; both must be [rows, tokens]"
+            )
 
 
 def make_step(config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -216,6 +216,38 @@ def test_table_is_no_parameter_of_stage_one():
     assert not any(path.startswith("embedding/text") for path in flatten(shapes))
 
 
+def test_the_table_is_not_trained_where_it_is_the_target(monkeypatch):
+    """In a stage of one's own, too."""
+    own = dataclasses.replace(DISTILL, name="own", terms=lambda *args: DISTILL.terms(*args))
+    monkeypatch.setitem(stages.STAGES, "own", own)
+    for stage in ("distill", "own"):
+        with pytest.raises(UserError, match=f"matches embedding/text/.*stage '{stage}' has for"):
+            train_step.stage_shapes(run_config(stage, trainable="embedding/.*"))
+    image = dataclasses.replace(own, weights=lambda b, c: {"image": DISTILL.weights(b, c)["image"]})
+    monkeypatch.setitem(stages.STAGES, "own", image)
+    train_step.stage_shapes(run_config("own", trainable="embedding/.*"))
+
+
+@pytest.mark.parametrize(
+    ("distance", "terms", "found"),
+    [
+        (lambda p, t: jnp.mean((p - t) ** 2), {}, r"'image': .* losses \[\], .* \[2, 24\];"),
+        (lambda p, t: (p - t) ** 2, {}, r"'image': .* losses \[2, 24, 32\], .* \[2, 24\];"),
+        (losses.cosine_distance, {"more": 0.0}, r"'more': .* losses \[\], .* weights none;"),
+    ],
+)
+def test_every_term_is_a_loss_and_a_weight_of_every_place(distance, terms, found, monkeypatch):
+    monkeypatch.setitem(losses.DISTANCES, "cosine", distance)
+    own = dataclasses.replace(
+        DISTILL,
+        terms=lambda *args: DISTILL.terms(*args) | {k: jnp.float32(x) for k, x in terms.items()},
+    )
+    monkeypatch.setitem(stages.STAGES, "distill", own)
+    loss = train_step.make_loss(run_config("distill"))
+    with pytest.raises(UserError, match=f"^config.stage 'distill', term {found}"):
+        jax.eval_shape(loss, embedding_only(), {}, teacher_params(), make_batch(), {})
+
+
 def identity_layers(params):
     """The embedding module with layers that add nothing to their input."""
     flat = flatten(params)

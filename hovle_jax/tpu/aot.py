@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hovle_jax import distill, lora, sharding, train_step
@@ -29,6 +28,7 @@ from hovle_jax.stages import get_stage
 from hovle_jax.tpu import chips, hlo
 from hovle_jax.tpu.chips import Chip
 from hovle_jax.tpu.cost import Cost, price
+from hovle_jax.train_step import batch_shapes
 from hovle_jax.tree import flatten
 
 # Read when libtpu is loaded: do not look for a TPU, do not complain that there is none, and let
@@ -105,17 +105,6 @@ def arguments(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
 
 def _abstract(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """One global batch, as `data.pipeline.Pipeline` makes it."""
-    data, size = config.data, config.model.image_size
-    shape = (data.rows, data.tokens)
-    names = ("input_ids", "segment_ids", "position_ids", "labels", "source_ids")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    batch["loss_weight"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    batch["pixels"] = jax.ShapeDtypeStruct((data.rows, data.tiles, size, size, 3), jnp.uint8)
-    return batch
 
 
 def lower(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
