@@ -20,7 +20,7 @@ from hovle_jax.generation.engine import Engine, Request
 from hovle_jax.initialize import initial_params
 from hovle_jax.nn.images import Tokens
 from hovle_jax.nn.layers import rope_tables
-from hovle_jax.nn.masks import reach
+from hovle_jax.nn.masks import MASKS, reach
 from hovle_jax.nn.positions import POSITIONS, indices, per_frequency
 from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import STAGES
@@ -96,6 +96,25 @@ def test_masks_are_what_they_are_said_to_be(sees):
                 assert (last[row, i] >= j) == expected, (row, i, j)
         assert np.all(last[row] >= np.arange(60))
     assert later > 100
+
+
+def test_what_a_mask_of_ones_own_gives(monkeypatch):
+    """A bool or a bit per pair is no place; places are kept between the token itself and the last
+    image of its segment."""
+    tokens = tokens_of([[5, IMAGE, 6, IMAGE, 7, 8, IMAGE, 9]], [[1, 1, 1, 1, 1, 2, 2, 2]])
+    own = {
+        "bool": lambda t: t.is_image,
+        "pairs": lambda t: jnp.zeros((1, 8, 8), jnp.int32),
+        "all": lambda t: jnp.full(t.ids.shape, 99),
+        "none": lambda t: jnp.full(t.ids.shape, -1),
+    }
+    for name, mask in own.items():
+        monkeypatch.setitem(MASKS, name, mask)
+    for name, found in (("bool", r"bool \[1, 8\]"), ("pairs", r"int32 \[1, 8, 8\]")):
+        with pytest.raises(UserError, match=rf"mask '{name}': gives {found}; it must be .* \[1, 8"):
+            reach(name, tokens)
+    assert reach("all", tokens).tolist() == [[3, 3, 3, 3, 4, 6, 6, 7]]
+    assert reach("none", tokens).tolist() == [[*range(8)]]
 
 
 @LOCATIONS

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hovle_jax.errors import UserError
 from hovle_jax.nn.images import Tokens
 from hovle_jax.registry import Registry
 
@@ -39,15 +40,32 @@ def bidirectional(tokens: Tokens) -> jax.Array:
 
 @MASKS.add("prefix")
 def prefix(tokens: Tokens) -> jax.Array:
+    return _last_image(tokens, tokens.until(tokens.ids == tokens.end_of_turn))
+
+
+def _last_image(tokens: Tokens, end: jax.Array) -> jax.Array:
+    """Place of the last image token of a row up to `end` [B, L], -1 where there is none."""
     image_before = jax.lax.cummax(jnp.where(tokens.is_image, tokens.place, -1), axis=1)
-    end = tokens.until(tokens.ids == tokens.end_of_turn)
     return jnp.take_along_axis(image_before, end, axis=1)
 
 
 def reach(name: str, tokens: Tokens) -> jax.Array | None:
     """The place of the last token that each one sees, int32 [B, L]; None of a causal stack.
 
-    No mask can take away from causality; segments are kept apart by those who use it.
+    No mask can take away from causality, nor show anything after the last image of a segment;
+    segments are kept apart by those who use it.
+
+    Raises:
+      UserError: a mask that gives no integer per token.
     """
     mask = MASKS.find(name)
-    return None if mask is None else jnp.maximum(mask(tokens), tokens.place)
+    if mask is None:
+        return None
+    last = mask(tokens)
+    if last.shape != tokens.ids.shape or not jnp.issubdtype(last.dtype, jnp.integer):
+        raise UserError(
+            f"mask {name!r}: gives {last.dtype.name} {list(last.shape)}; it must be the place of "
+            f"the last token that each one sees, int32 {list(tokens.ids.shape)}"
+        )
+    end = tokens.until(jnp.zeros(tokens.ids.shape, bool))  # of the segment
+    return jnp.maximum(jnp.minimum(last, _last_image(tokens, end)), tokens.place)
