@@ -219,6 +219,26 @@ def test_image_folder_and_names(tmp_path):
         sources.open_source(str(tmp_path / "im"))
 
 
+def test_a_directory_of_a_format_of_ones_own(tmp_path, monkeypatch):
+    """Whatever lies in it; a directory that is called .tar holds what it holds."""
+    monkeypatch.setitem(sources.FORMATS, ".lake", lambda name, path, options: (name, path))
+    (tmp_path / "a.lake").mkdir()
+    (tmp_path / "a.lake" / "part.parquet").touch()
+    (tmp_path / "a.lake" / "dataset_info.json").touch()
+    assert sources.open_source(str(tmp_path / "a.lake")) == ("a", str(tmp_path / "a.lake"))
+    pictures = make("im", tmp_path).rename(tmp_path / "im.tar")
+    assert isinstance(sources.open_source(str(pictures)), readers.ImageFolder)
+
+
+def test_a_hugging_face_data_set_is_named(tmp_path):
+    (tmp_path / "one").mkdir()
+    for name in ("one/dataset_info.json", "one/state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text("{}")
+    for path in (tmp_path, tmp_path / "one"):
+        with pytest.raises(UserError, match=r"a Hugging Face data set .* as parquet"):
+            sources.open_source(str(path))
+
+
 def open_list(root: Path, text: str | bytes) -> json_list.LlavaJson:
     data = text.encode() if isinstance(text, str) else text
     (root / "a.json").write_bytes(data)

@@ -33,6 +33,9 @@ _META_KEYS = {
     "text",
 }
 
+_HUGGING_FACE = (
+    "{}: a Hugging Face data set as save_to_disk writes it; save it as parquet (to_parquet)"
+)
 REPEAT_MODES = ("exact", "internvl")
 
 
@@ -80,6 +83,9 @@ def _array_record(name: str, path: str, o: Options) -> Source:
     return ArrayRecordSource(name, path, max_tiles=o.max_tiles, images_only=o.images_only)
 
 
+BUILT_IN = frozenset(FORMATS)  # files: a directory that is called so holds some, or images
+
+
 def open_source(
     path: str,
     name: str | None = None,
@@ -92,9 +98,9 @@ def open_source(
     """Opens whatever `path` is, by suffix and content.
 
     A .jsonl, a .json list, .tar, .parquet, .array_record, a glob or a directory of one of the last
-    three, 'DIRECTORY#PART' of a converted one, a directory of images, 'tfds:NAME#SPLIT', or
-    'DIRECTORY#SPLIT' of a prepared TFDS data set; local, or on gs:// and whatever else etils.epath
-    knows.
+    three, a file or directory with the suffix of another registered format, 'DIRECTORY#PART' of a
+    converted one, a directory of images, 'tfds:NAME#SPLIT', or 'DIRECTORY#SPLIT' of a prepared TFDS
+    data set; local, or on gs:// and whatever else etils.epath knows.
 
     Args:
       path: What to open.
@@ -116,10 +122,14 @@ def open_source(
     if path.startswith("tfds:") or (
         suffix not in FORMATS and files.is_file(os.path.join(base, "dataset_info.json"))
     ):
+        if files.is_file(os.path.join(base, "state.json")):
+            raise UserError(_HUGGING_FACE.format(path))
         split = split or "train"
         return TfdsSource(name, base, split, max_tiles, prompt=prompt, images_only=images_only)
-    if files.is_dir(path):
+    if files.is_dir(path) and (suffix not in FORMATS or suffix in BUILT_IN):
         names = files.names_in(path)
+        if "dataset_dict.json" in names:
+            raise UserError(_HUGGING_FACE.format(path))
         if JOURNAL in names:
             raise UserError(f"{path}: an unfinished conversion; finish it with the same command")
         kinds = {os.path.splitext(file)[1] for file in names}
