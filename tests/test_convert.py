@@ -558,6 +558,10 @@ def test_index_that_disagrees(edit, tmp_path, one_line_error):
     [
         ({"embedding_config": None}, "neither embedding_config"),
         ({"embedding_config": None, "model_type": "llava"}, "model_type 'llava' is not HoVLE"),
+        (
+            {"embedding_config": None, "model_type": "llava", "vision_config": {}},
+            "model_type 'llava' is not HoVLE, InternVL, ",
+        ),
         ({"embedding_config.use_ls": True}, "use_ls"),
         ({"embedding_config.image_size": None}, "has no key 'image_size'"),
         ({"llm_config.rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),

@@ -174,7 +174,8 @@ def open_directory(directory: str | Path) -> HubDirectory:
     if isinstance(kind, str) and kind in HUB_TEACHERS:
         return _open_teacher(path, raw, HUB_TEACHERS[kind])
     known = isinstance(kind, str) and kind in FAMILIES
-    if not ({"embedding_config", "embedding_layers", "vision_config"} & set(raw)) and not known:
+    towers = "vision_config" in raw and kind in (None, "internvl_chat", "internvl")
+    if not ({"embedding_config", "embedding_layers"} & set(raw) or towers or known):
         if kind in ("hovle", "internvl_chat", "internvl"):
             raise UserError(
                 f"{path / CONFIG}: model_type {kind!r} with neither embedding_config (HoVLE) nor "
@@ -183,6 +184,7 @@ def open_directory(directory: str | Path) -> HubDirectory:
         raise UserError(
             f"{path / CONFIG}: model_type {kind!r} is not HoVLE, InternVL, "
             + ", ".join([*FAMILIES, *HUB_TEACHERS])
+            + "; a plug-in may add it (hovle import --plugin)"
         )
     tensors, tokens = open_shards(path), token_ids(path)
     try:
