@@ -89,6 +89,8 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
 def split(axis: str, size: int, mesh: Any = None) -> int:
     """Into how many parts a mesh (default: the current one, if any) splits an axis of this size."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if axis not in RULES:
+        raise UserError(f"axis {axis!r} of an array is not one of {', '.join(RULES)}")
     ways = math.prod(mesh.shape.get(a, 1) for a in RULES[axis])  # no mesh has no axes
     return 1 if size % ways else ways
 

@@ -36,7 +36,7 @@ class TeacherConfig:
     qkv_bias: bool = True
     key_bias: bool = True  # of `qkv_bias`, in k (DINOv3 has none)
     qk_norm: bool = False  # RMSNorm over the full width of q and k (6B)
-    activation: str = "gelu"  # gelu | gelu_tanh (SigLIP) | silu
+    activation: str = "gelu"  # gelu | gelu_tanh (SigLIP) | quick_gelu (CLIP) | silu
     gated: bool = False  # a gate beside fc1 (DINOv3 ViT-H+ and 7B)
     registers: int = 0  # tokens beside the class token, dropped like it
     rope_theta: float = 100.0  # of rotary positions (DINOv3)
@@ -55,7 +55,8 @@ class TeacherConfig:
         one_of("teacher.attention", self.attention, ("auto", "xla"))
         one_of("teacher.norm", self.norm, ("layer", "rms"))
         one_of("teacher.shuffle_version", self.shuffle_version, ("v1", "v2"))
-        one_of("teacher.activation", self.activation, ("gelu", "gelu_tanh", "silu"))
+        known = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+        one_of("teacher.activation", self.activation, known)
 
     @property
     def grid(self) -> int:

@@ -184,6 +184,8 @@ def test_parameters_and_moments_are_really_split(world):
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
     assert sharding.spec(("kv_heads", "embed"), (2, 32), mesh) == jax.P(None, None)
+    with pytest.raises(UserError, match=r"axis 'experts' of an array is not one of layers, embed,"):
+        sharding.spec(("experts", "embed"), (2, 32), mesh)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (2, 2, 1)])

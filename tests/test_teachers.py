@@ -19,7 +19,9 @@ from hovle_jax.data.image import resize
 from hovle_jax.errors import UserError
 from hovle_jax.hf import live
 from hovle_jax.hf.importer import import_directory
+from hovle_jax.hf.teachers import _ACTIVATIONS
 from hovle_jax.nn import teacher
+from hovle_jax.nn.vit import _activate
 from hovle_jax.run.hosts import make_mesh
 from hovle_jax.tree import flatten
 
@@ -27,6 +29,16 @@ TOWERS = Path(__file__).parent / "golden" / "towers"
 NAMES = ("siglip", "naflex", "dinov3", "dinov3_gated")
 each_tower = pytest.mark.parametrize("name", NAMES)
 quick = {"xla_backend_optimization_level": 0}
+
+
+def test_activations():
+    """CLIP's is x sigmoid(1.702 x), at most 0.02 from GELU."""
+    x = jnp.linspace(-6, 6, 101)
+    quick = _activate(x, "quick_gelu")
+    np.testing.assert_allclose(quick, x / (1 + np.exp(-1.702 * x)), atol=1e-6)
+    difference = np.abs(quick - _activate(x, "gelu")).max()
+    assert 0.015 < difference < 0.025
+    assert TeacherConfig(activation="quick_gelu").activation in _ACTIVATIONS.values()
 
 
 def opened(directory: Path):

@@ -23,7 +23,12 @@ from hovle_jax.hf.section import Section
 from hovle_jax.registry import Registry
 
 HALF = (0.5, 0.5, 0.5)
-_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
 
 
 @dataclass(frozen=True)

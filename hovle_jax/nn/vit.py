@@ -88,6 +88,8 @@ def _activate(x: jax.Array, kind: str) -> jax.Array:
     if kind == "gelu":
         return gelu(x)
     wide = x.astype(jnp.float32)
+    if kind == "quick_gelu":
+        return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
     return (jax.nn.silu(wide) if kind == "silu" else jax.nn.gelu(wide)).astype(x.dtype)
 
 
