@@ -46,6 +46,7 @@ class LayersConfig:
     qk_norm: bool = False  # RMSNorm over each head of q and of k before they are rotated (Qwen3)
     # Names in nn.layers.LAYER_TYPES, repeated to `num_layers`:
     layer_types: tuple[str, ...] = ("attention",)
+    mlp: str = "swiglu"  # nn.layers.MLPS
     mask: str = "causal"  # masks.MASKS: who sees later tokens of images
     positions: str = "1d"  # positions.POSITIONS: where image tokens stand for rotary embedding
     initializer_range: float = 0.02  # std of random weights; small models want about 1/sqrt(width)
@@ -65,8 +66,8 @@ class LayersConfig:
         )
 
     def params_per_layer(self, kind: str = "attention") -> int:
-        d = self.hidden_size
-        return _layer_type(kind).params(self) + 3 * d * self.intermediate_size + 2 * d
+        d, mlp = self.hidden_size, ask("hovle_jax.nn.layers:MLPS", self.mlp)
+        return _layer_type(kind).params(self) + mlp.params(self) + 2 * d
 
     def params(self) -> int:
         return sum(map(self.params_per_layer, self.types))
@@ -129,6 +130,7 @@ class ModelConfig:
                     f"{len(stack.layer_types)} in layer_types"
                 )
             kinds = [_layer_type(kind) for kind in stack.period]
+            ask("hovle_jax.nn.layers:MLPS", stack.mlp)
             ask("hovle_jax.nn.positions:POSITIONS", stack.positions)
             mask = ask("hovle_jax.nn.masks:MASKS", stack.mask)
             if mask is not None and not any(kind.masked for kind in kinds):

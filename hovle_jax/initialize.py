@@ -165,7 +165,7 @@ def _grow(x: jax.Array, want: Any, axis: int, rng: jax.Array) -> jax.Array:
 
 
 # What is learned with one is wrong with another, and no parameter tells: of a stack, ...
-_STACK = ("rope_theta", "rms_norm_eps", "qkv_bias", "out_bias", "qk_norm")
+_STACK = ("mlp", "rope_theta", "rms_norm_eps", "qkv_bias", "out_bias", "qk_norm")
 _EMBEDDING = ("shuffle_loc", "shuffle", "compressor", "projector", "normalize_embeddings")
 _TEACHER = (
     *("kind", "rope_theta", "norm", "norm_eps", "qkv_bias", "key_bias", "qk_norm", "activation"),

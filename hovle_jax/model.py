@@ -47,7 +47,7 @@ from hovle_jax.nn.images import Tokens
 from hovle_jax.nn.layers import LayerInputs, axis_names, output_axes, rope_tables
 from hovle_jax.nn.masks import reach
 from hovle_jax.nn.positions import POSITIONS, indices, per_frequency
-from hovle_jax.nn.stack import needs_segments, pad_places, places_of
+from hovle_jax.nn.stack import needs_images, needs_segments, pad_places, places_of
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -106,7 +106,8 @@ class HoVLE(nn.Module):
         seen = reach(own.mask, tokens)
         mask = visible(stream.segment_ids, stream.position_ids, c.attention, seen)
         segments = stream.segment_ids if needs_segments(own) else None
-        return LayerInputs(cos, sin, mask, segment_ids=segments), following
+        is_image = tokens.is_image if needs_images(own) else None
+        return LayerInputs(cos, sin, mask, None, segments, is_image), following
 
     def text(self, ids: jax.Array) -> jax.Array:
         return self.embedding.text(ids)
@@ -236,7 +237,9 @@ def cached_inputs(
         text = dataclasses.replace(_tokens(stream, config, stack), image_id=None)
         index = positions + (lengths[f"{stack}_index"] - starts)[:, None]
         positions = per_frequency(scheme, index, text, own.head_dim // 2)
-    return stream, LayerInputs(*_rope(stream, positions, own, capacity), mask, starts, segments)
+    is_image = jnp.zeros(ids.shape, bool) if needs_images(own) else None
+    cos, sin = _rope(stream, positions, own, capacity)
+    return stream, LayerInputs(cos, sin, mask, starts, segments, is_image)
 
 
 # Pure functions: everything outside this file and its modules uses only these.

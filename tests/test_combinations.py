@@ -27,7 +27,7 @@ from hovle_jax.hf.configs import IMAGE_MASKS, IMAGE_POSITIONS
 from hovle_jax.hf.families import FAMILIES
 from hovle_jax.hf.writer import ExportOptions, write_directory
 from hovle_jax.nn.compressors import COMPRESSORS
-from hovle_jax.nn.layers import LAYER_TYPES
+from hovle_jax.nn.layers import LAYER_TYPES, MLPS
 from hovle_jax.nn.masks import MASKS
 from hovle_jax.nn.positions import POSITIONS
 from hovle_jax.nn.stack import take_apart
@@ -36,7 +36,8 @@ from hovle_jax.tree import flatten, split, unflatten
 from tests import small
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-PARTS = ("llm_family", "layer_type", "compressor", "tile_mask", "spatial_positions")
+PARTS = ("llm_family", "layer_type", "modality_experts", "compressor", "tile_mask")
+PARTS += ("spatial_positions",)
 PLUGINS = tuple(str(EXAMPLES / f"{name}.py") for name in PARTS)
 load_plugins((*PLUGINS, *filter(None, os.environ.get("HOVLE_PLUGINS", "").split(":"))))
 
@@ -61,6 +62,7 @@ VARIANTS: dict[str, Changes] = {
         if name != BASE.llm_family
     },
     **{kind: both("layer_types", (kind,)) for kind in LAYER_TYPES if kind != "attention"},
+    **{name: both("mlp", name) for name in MLPS if name != "swiglu"},
     **{name: {"compressor": name, "shuffle": 4} for name in COMPRESSORS if name != BASE.compressor},
     **{  # every mask with some scheme: neither cares what the other is
         f"{mask}, {positions}": both("mask", mask) | both("positions", positions)
@@ -86,6 +88,7 @@ CROSSES: dict[str, Changes] = {
         **{"shuffle_loc": "post", "compressor": "average_pool", "decoder.qk_norm": True},
         **{"embedding.layer_types": ("linear_attention",)},
         **{"decoder.layer_types": ("min_gru", "attention"), "decoder.mask": "bidirectional"},
+        **{"embedding.mlp": "modality_experts"},
     },
 }
 EVERY = pytest.mark.parametrize(
@@ -290,6 +293,7 @@ def test_saved_and_exported(name, tmp_path):
     stacks = (config.embedding, config.decoder)
     known = all(
         {"attention"}.issuperset(stack.types)
+        and stack.mlp == "swiglu"
         and stack.mask in IMAGE_MASKS
         and stack.positions in IMAGE_POSITIONS
         for stack in stacks

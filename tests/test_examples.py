@@ -35,6 +35,7 @@ def test_an_example_is_short(path):
         ("llm_family", "llm_family", {"llm_family": "mistral"}),
         ("layer_type", "embedding.layer_types", {"embedding": {"layer_types": ["min_gru"]}}),
         ("compressor", "compressor", {"compressor": "average_pool", "shuffle": 4}),
+        ("modality_experts", "embedding.mlp", {"embedding": {"mlp": "modality_experts"}}),
     ],
 )
 def test_a_part_is_there_once_its_file_is_named(name, key, changes):
@@ -50,7 +51,12 @@ def test_a_part_is_there_once_its_file_is_named(name, key, changes):
         attention = 2 * plain.hidden_size * plain.head_dim * (plain.num_heads + plain.num_kv_heads)
         less = plain.num_layers * (attention - 3 * plain.hidden_size**2)
         assert config.embedding.params() == plain.params() - less
-    raw = changes if name != "layer_type" else {"embedding": {"layer_types": ["mingru"]}}
+    if name == "modality_experts":
+        plain = ModelConfig().embedding
+        twice = plain.num_layers * 3 * plain.hidden_size * plain.intermediate_size
+        assert config.embedding.params() == plain.params() + twice
+    own = {"layer_types": ["mingru"]} if name == "layer_type" else {"mlp": "experts"}
+    raw = {"embedding": own} if key.startswith("embedding.") else changes
     with pytest.raises(UserError, match=f"{key.split('.')[-1]}: '.*' is not one of"):
         from_dict(ModelConfig, _misspelt(raw), "config.model")
 

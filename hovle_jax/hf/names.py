@@ -23,6 +23,11 @@ def _known(c: ModelConfig) -> None:
                 f"model.{name}.layer_types: the exported format knows 'attention' only, not "
                 f"{other[0]!r}; the model can be used and trained here, but not exported"
             )
+        if stack.mlp != "swiglu":
+            raise UserError(
+                f"model.{name}.mlp: the exported format knows 'swiglu' only, not {stack.mlp!r}; "
+                "the model can be used and trained here, but not exported"
+            )
     if c.compressor != "pixel_shuffle":
         raise UserError(
             f"model.compressor: the exported format knows 'pixel_shuffle' only, not "

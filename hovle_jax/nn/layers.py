@@ -184,6 +184,7 @@ class LayerInputs:
     starts: jax.Array | None = None  # int [B]: cache slot of the first query; None = no cache
     # int [B, S], 0 = padding; only where a layer is of another type than attention:
     segment_ids: jax.Array | None = None
+    is_image: jax.Array | None = None  # bool [B, S]; only where a part of a layer has `images`
 
 
 # What a layer keeps between tokens, by name (`Mixer.state`), [B, ...]; attention's is
@@ -214,6 +215,7 @@ class Mixer(nn.Module):
     config: LayersConfig
     implementation: str  # of softmax attention
     masked: ClassVar[bool] = False  # sees the later tokens that `LayersConfig.mask` allows
+    images: ClassVar[bool] = False  # reads `LayerInputs.is_image`
     ignores: ClassVar[tuple[str, ...]] = ()  # further settings of LayersConfig it has no use for
 
     def __call__(
@@ -342,11 +344,33 @@ def _silu_times_backward(saved: Any, d: jax.Array) -> Any:
 silu_times.defvjp(_silu_times_forward, _silu_times_backward)
 
 
-class SwiGLU(nn.Module):
+class MLP(nn.Module):
+    """What every token of a layer goes through by itself: the protocol of MLPS."""
+
     config: LayersConfig
+    images: ClassVar[bool] = False  # reads `LayerInputs.is_image`
+
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
+        """x [B, S, E] -> [B, S, E]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def params(config: LayersConfig) -> int:
+        """How many one layer has."""
+        raise NotImplementedError
+
+
+MLPS: Registry[type[MLP]] = Registry("model.*.mlp")
+
+
+@MLPS.add("swiglu")
+class SwiGLU(MLP):
+    @staticmethod
+    def params(c: LayersConfig) -> int:
+        return 3 * c.hidden_size * c.intermediate_size
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
         c = self.config
 
         def project(name: str) -> jax.Array:

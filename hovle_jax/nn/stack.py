@@ -2,9 +2,10 @@
 
     x = x + Attention(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))        (InternLM2)
 
-where any type of LAYER_TYPES may stand for attention. Layers are scanned, so a stack compiles once
-whatever its depth. Where all are of one type, their arrays are stacked under the stack's own name;
-else one period of types is scanned and layer i of each period has its arrays under `layer_i`:
+where any type of LAYER_TYPES may stand for attention and any of MLPS for SwiGLU. Layers are
+scanned, so a stack compiles once whatever its depth. Where all are of one type, their arrays are
+stacked under the stack's own name; else one period of types is scanned and layer i of each period
+has its arrays under `layer_i`:
 
     layers/attention/q/kernel [L, ...]          layers/layer_0/linear_attention/q/kernel [L/2, ...]
                                                 layers/layer_1/attention/q/kernel [L/2, ...]
@@ -25,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 import hovle_jax.nn.linear_attention  # noqa: F401  (registers its type)
 from hovle_jax.config import LayersConfig
 from hovle_jax.errors import UserError
-from hovle_jax.nn.layers import LAYER_TYPES, Cache, LayerInputs, RMSNorm, StateArray, SwiGLU
+from hovle_jax.nn.layers import LAYER_TYPES, MLPS, Cache, LayerInputs, RMSNorm, StateArray
 from hovle_jax.nn.quantize import quantize_heads
 from hovle_jax.sharding import constrain
 
@@ -71,7 +72,7 @@ class Layer(nn.Module):
         y, state = mixer(y, inputs, cache)
         x = checkpoint_name(x + y, "residual")
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        x = x + SwiGLU(c, name="mlp")(y)
+        x = x + MLPS.find(c.mlp)(c, name="mlp")(y, inputs)
         x = constrain(x, "batch", "length", "act_embed")
         out: dict[str, Any] = {}
         if self.keep_cache:
@@ -183,6 +184,12 @@ def put_together(config: LayersConfig, layers: tuple[Any, ...]) -> Any:
 def needs_segments(config: LayersConfig) -> bool:
     """Attention's mask says who sees whom; other types look at the segments themselves."""
     return any(kind != "attention" for kind in config.period)
+
+
+def needs_images(config: LayersConfig) -> bool:
+    """Whether a part of its layers asks which tokens are an image's."""
+    kinds = (LAYER_TYPES.find(kind).images for kind in config.period)
+    return MLPS.find(config.mlp).images or any(kinds)
 
 
 def empty_cache(
