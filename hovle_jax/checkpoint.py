@@ -45,7 +45,7 @@ from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
 from hovle_jax.nn import teacher
 from hovle_jax.output import replace_json
-from hovle_jax.registry import copy_plugins, load_plugins
+from hovle_jax.registry import copy_plugins
 from hovle_jax.run import digests
 from hovle_jax.run.metrics import parse_rows
 from hovle_jax.streaming import open_arrays, read_array
@@ -88,9 +88,8 @@ def _read_config(directory: str | Path) -> tuple[Config, DataConfig | None]:
         raise UserError(f"{directory}: no {CONFIG}; expected a model or work directory")
     try:
         body = json.loads(path.read_text())
-        model_part = body["config"].get("model", body["config"])
-        load_plugins(model_part.get("plugins", ()), Path(directory) / PLUGINS)
-        config = from_dict(_KINDS[body["kind"]], body["config"], str(path))
+        copies = Path(directory) / PLUGINS
+        config = from_dict(_KINDS[body["kind"]], body["config"], str(path), copies)
         data = from_dict(DataConfig, body["data"], str(path)) if "data" in body else None
     except (json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path}: not a hovle_jax config ({error!r})") from None

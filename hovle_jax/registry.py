@@ -71,7 +71,7 @@ def load_plugins(names: Iterable[str], copies: Path | None = None) -> None:
     """Imports modules by dotted name, or files by a path that ends in .py; identical ones once.
 
     copies: what `copy_plugins` wrote; a copy stands for a file that is missing or another one now,
-    unless this process has run that already.
+    unless this process has run that already, from there or under the same name from elsewhere.
     """
     for name in names:
         if not name.endswith(".py"):
@@ -100,7 +100,7 @@ def code_digests(plugins: Iterable[str], text: str) -> list[str]:
     load_plugins(plugins)
     files = {str(Path(name).resolve()) for name in plugins if name.endswith(".py")}
     files |= {file for (_, name), file in ORIGINS.items() if f'"{name}"' in text}
-    return sorted(filter(None, map(_digest, files)))
+    return sorted({*filter(None, map(_digest, files))})
 
 
 _SOURCES: dict[Path, bytes] = {}  # files that ran
@@ -116,10 +116,12 @@ def _or_copy(name: str, path: Path, copy: Path) -> Path:
     if not copy.is_file():
         return path
     kept, where = copy.read_bytes(), copy.parent.parent
-    if path in _SOURCES:
-        if _SOURCES[path] != kept:
-            _say(f"model.plugins: {name} has changed since {where} was written; it runs as it is")
-        return path
+    moved = (file for file in _SOURCES if file.name == path.name)
+    file = path if path in _SOURCES or path.is_file() else next(moved, path)
+    if file in _SOURCES:
+        if _SOURCES[file] != kept:
+            _say(f"model.plugins: {file} runs, and has changed since {where} was written")
+        return file
     if path.is_file():
         if path.read_bytes() == kept:
             return path

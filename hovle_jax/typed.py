@@ -8,6 +8,7 @@ import importlib
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hovle_jax.errors import UserError
@@ -25,14 +26,19 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def from_dict(cls: type[T], raw: typing.Mapping[str, Any], where: str) -> T:
-    """Nested mapping -> dataclass `cls`; names the key that is unknown or of the wrong type."""
+def from_dict(
+    cls: type[T], raw: typing.Mapping[str, Any], where: str, copies: Path | None = None
+) -> T:
+    """Nested mapping -> dataclass `cls`; names the key that is unknown or of the wrong type.
+
+    copies: as `registry.load_plugins` has it.
+    """
     if not isinstance(raw, typing.Mapping):
         raise UserError(f"{where}: expected a section of keys and values, got {raw!r}")
     for part in (raw, raw.get("model")):  # first: what follows may name what they register
         if isinstance(part, typing.Mapping):
             named = _convert(part.get("plugins", ()), tuple[str, ...], "config.model.plugins")
-            load_plugins(named)
+            load_plugins(named, copies)
     hints = typing.get_type_hints(cls)
     unknown = [k for k in raw if k not in hints]
     if unknown:

@@ -95,7 +95,11 @@ def test_a_directory_keeps_its_plugins(tmp_path, monkeypatch, capsys):
     kept = next((tmp_path / "model" / "plugins").iterdir())
     kept.write_text(adds("kept", 3))
     assert read_config(tmp_path / "model") == config and DISTANCES["kept"] == 1
-    assert "kept.py has changed since" in capsys.readouterr().err
+    assert "home/kept.py runs, and has changed since" in capsys.readouterr().err
+    kept.write_text(adds("kept", 4))
+    monkeypatch.chdir(tmp_path / "empty")  # as if the file had moved to home
+    assert read_config(tmp_path / "model") == config
+    assert "home/kept.py runs, and has changed" not in capsys.readouterr().err  # said once
     write_config(tmp_path / "again", dataclasses.replace(config, name="x"))
     again = next((tmp_path / "again" / "plugins").iterdir())
     assert again.name == kept.name and again.read_text() == adds("kept", 1)
