@@ -54,6 +54,7 @@ ORDER = [
     "losses",
     "distill",
     "data.records",
+    "data.workers",
     "data.files",
     "data.image",
     "data.tokenizer",

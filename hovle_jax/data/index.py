@@ -2,29 +2,39 @@
 
 Packing plans need only these lengths. The file's name carries a fingerprint of everything they
 depend on, so a changed annotation, tokenizer or tile limit is measured anew, and a restart of the
-same run opens the file and goes on.
+same run opens the file and goes on. Until a source is done, its blocks are kept in NAME.parts.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
-import io
+import itertools
 import json
-import multiprocessing
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from hovle_jax.config import DataConfig
 from hovle_jax.data.samples import Conversations, SampleSource
+from hovle_jax.data.workers import in_order
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.run.metrics import Progress
+
+
+class Summary(NamedTuple):
+    """What is kept of a table beside it: the table of a large source is not read to know this."""
+
+    digest: str  # other lengths, another digest
+    left_out: int  # records of length (0, 0)
 
 
 class Lengths:
@@ -47,6 +57,13 @@ class Lengths:
     def __getitem__(self, i: int) -> tuple[int, int]:
         tokens, tiles = self._table[i]
         return int(tokens), int(tiles)
+
+    @functools.cached_property
+    def summary(self) -> Summary:
+        if self._path is not None:
+            return Summary(**json.loads(_summary_file(self._path).read_bytes()))
+        digest = hashlib.sha256(np.ascontiguousarray(self._table).data).hexdigest()[:16]
+        return Summary(digest, int(np.count_nonzero(~self._table[:-1].any(axis=1))))
 
     def first_over(self, tokens: int, tiles: int) -> int | None:
         """The first record that a row of `tokens` and `tiles` cannot hold."""
@@ -79,23 +96,36 @@ def lengths_of(
       UserError: more records than config.data.max_bad that cannot be read, or one that no row can
         hold.
     """
+    measure = functools.partial(_measure, source, quiet=quiet, most=data.max_bad, workers=workers)
+    bad_in = cut_in = ""
     if directory is None:
-        measured = _measure(source, quiet=quiet, most=data.max_bad, workers=workers)
+        measured = measure(None)
         lengths, bad, cut = Lengths(measured.table), measured.rejects, measured.cut
     else:
         path = directory / _file_name(source)
+        bad_in, cut_in = (f"; all in {path.with_suffix(f'.{kind}.jsonl')}" for kind in _LISTS)
+        bad_in += f"; once they are repaired, delete {path} to measure again"
         if not path.is_file():
-            _save(path, _measure(source, quiet=quiet, most=data.max_bad, workers=workers))
+            parts = path.with_suffix(".parts")
+            measured = measure(parts)
+            with _replacing(_summary_file(path)) as file:
+                file.write(json.dumps(Lengths(measured.table).summary._asdict()).encode())
+            _save(path, measured)
+            shutil.rmtree(parts, ignore_errors=True)
         try:
-            lengths, bad, cut = Lengths(path), *(_read_lines(path, kind) for kind in _LISTS)
-        except (OSError, ValueError, KeyError) as e:
+            lengths, bad, cut = Lengths(path), *_read_lists(path)
+            _ = lengths.summary
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path}: damaged ({one_line(e)}); delete it to measure again") from e
     _check_bad(source, bad, data.max_bad)
     if bad and not quiet:
-        print(f"{source.name}: {len(bad)} records cannot be read and are left out ({bad[0]})")
+        print(
+            f"{source.name}: {len(bad)} records cannot be read and are left out ({bad[0]}{bad_in})"
+        )
     if cut and not quiet:
-        where = "" if directory is None else f"; all in {path.with_suffix('.cut.jsonl')}"
-        print(f"{source.name}: {len(cut)} records are too long for a row ({cut[0]}{where})")
+        print(f"{source.name}: {len(cut)} records are too long for a row ({cut[0]}{cut_in})")
+    if (left_out := lengths.summary.left_out) == len(source):
+        raise UserError(f"{source.name}: all of its {left_out} records are left out")
     over = lengths.first_over(data.tokens, data.tiles)
     if over is not None:
         keys = "config.data.tokens, config.data.tiles"
@@ -115,33 +145,75 @@ class _Measured(NamedTuple):
     cut: list[str]  # what was left out of records longer than a row
 
 
-_VERSION = 3  # of the files and of what is measured
+_VERSION = 4  # of the files and of what is measured
 _LISTS = ("rejects", "cut")
 _CHUNK = 4096  # records a worker measures at a time
+_BLOCK = 256 * _CHUNK  # records after which what was measured is kept
 
 
-def _measure(source: SampleSource, *, quiet: bool, most: float, workers: int) -> _Measured:
-    """Stops as soon as there are too many bad ones. The same for any number of workers."""
-    measured = _Measured(np.zeros((len(source) + 1, 2), np.int32), [], [])
-    progress = Progress(f"measuring {source.name}", len(source), every=100_000)
-    starts = range(0, len(source), _CHUNK)
-    with contextlib.ExitStack() as stack:
-        parts: Iterable[_Measured] = (_measure_part(source, start) for start in starts)
-        if workers:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(
-                context.Pool(workers, initializer=_set_source, initargs=(source,))
-            )
-            parts = pool.imap(_measure_in_worker, starts)
-        for start, part in zip(starts, parts, strict=True):
-            measured.table[start : start + len(part.table)] = part.table
-            measured.rejects.extend(part.rejects)
-            measured.cut.extend(part.cut)
-            _check_bad(source, measured.rejects, most)
-            if not quiet:
-                progress.update(start + len(part.table))
-    measured.table[-1] = measured.table.max(axis=0)
-    return measured
+def _measure(
+    source: SampleSource, parts: Path | None, *, quiet: bool, most: float, workers: int
+) -> _Measured:
+    """Stops as soon as there are too many bad ones. The same for any number of workers.
+
+    `parts`: directory that keeps blocks of what is measured, so that a kill costs one of them.
+    """
+    size = len(source)
+    kept = {start: _kept(parts, start) for start in range(0, size, _BLOCK)}
+    missing = [start for start, block in kept.items() if block is None]
+    blocks = {start: block for start, block in kept.items() if block is not None}
+    bad = [reason for block in blocks.values() for reason in block.rejects]
+    done = sum(len(block.table) for block in blocks.values())
+    progress = Progress(f"measuring {source.name}", size, every=25 * _CHUNK, start=done)
+    chunks = (c for start in missing for c in _chunks(start, size))
+    try:
+        with contextlib.closing(in_order(_measure_part, source, chunks, workers)) as results:
+            for start in missing:
+                pieces = []
+                for _, piece in itertools.islice(results, len(_chunks(start, size))):
+                    pieces.append(piece)
+                    bad += piece.rejects
+                    _check_bad(source, bad, most)
+                    done += len(piece.table)
+                    if not quiet:
+                        progress.update(done)
+                blocks[start] = _joined(pieces)
+                if parts is not None and len(kept) > 1:
+                    # Another host that shares the directory may be done and delete the parts.
+                    with contextlib.suppress(FileNotFoundError):
+                        _save(_part_file(parts, start), blocks[start])
+    except concurrent.futures.BrokenExecutor as e:
+        raise UserError(
+            f"measuring {source.name}: stopped (a worker died: too little memory?); the same "
+            "command continues, also with fewer workers"
+        ) from e
+    ordered = [blocks[start] for start in kept]
+    maxima = np.max([block.table.max(axis=0) for block in ordered], axis=0, keepdims=True)
+    return _joined([*ordered, _Measured(maxima, [], [])])
+
+
+def _chunks(start: int, size: int) -> range:
+    """Where the chunks of a block begin."""
+    return range(start, min(start + _BLOCK, size), _CHUNK)
+
+
+def _joined(pieces: Sequence[_Measured]) -> _Measured:
+    rejects, cut = ([x for p in pieces for x in getattr(p, kind)] for kind in _LISTS)
+    return _Measured(np.concatenate([p.table for p in pieces]), rejects, cut)
+
+
+def _part_file(parts: Path, start: int) -> Path:
+    return parts / f"{start // _BLOCK:05}.npy"
+
+
+def _kept(parts: Path | None, start: int) -> _Measured | None:
+    """The block of an earlier try that was killed."""
+    if parts is None:
+        return None
+    path = _part_file(parts, start)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return _Measured(np.load(path), *_read_lists(path))
+    return None
 
 
 def _measure_part(source: SampleSource, start: int) -> _Measured:
@@ -157,18 +229,6 @@ def _measure_part(source: SampleSource, start: int) -> _Measured:
         if length.cut:
             part.cut.append(length.cut)
     return part
-
-
-_source: SampleSource  # of a worker process
-
-
-def _set_source(source: SampleSource) -> None:
-    global _source
-    _source = source
-
-
-def _measure_in_worker(start: int) -> _Measured:
-    return _measure_part(_source, start)
 
 
 def _check_bad(source: SampleSource, bad: Sequence[str], most: float) -> None:
@@ -192,21 +252,29 @@ def _file_name(source: SampleSource) -> str:
 
 def _save(path: Path, measured: _Measured) -> None:
     """In one piece, the table last: hosts that share the directory may all write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = io.BytesIO()
-    np.save(table, measured.table)
-    contents = {path.with_suffix(f".{k}.jsonl"): _lines(getattr(measured, k)) for k in _LISTS}
-    for target, content in (contents | {path: table.getvalue()}).items():
-        # Not the process id: in containers that of every host may be 1.
-        temporary = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
+    for kind in _LISTS:
+        with _replacing(path.with_suffix(f".{kind}.jsonl")) as file:
+            lines = (json.dumps({"reason": reason}) + "\n" for reason in getattr(measured, kind))
+            file.writelines(line.encode() for line in lines)
+    with _replacing(path) as file:
+        np.save(file, measured.table)
 
 
-def _lines(reasons: Sequence[str]) -> bytes:
-    return "".join(json.dumps({"reason": reason}) + "\n" for reason in reasons).encode()
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not the process id: in containers that of every host may be 1.
+    temporary = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    with temporary.open("wb") as file:
+        yield file
+    os.replace(temporary, target)
 
 
-def _read_lines(path: Path, kind: str) -> list[str]:
-    lines = path.with_suffix(f".{kind}.jsonl").read_text().splitlines()
-    return [json.loads(line)["reason"] for line in lines]
+def _summary_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_lists(path: Path) -> list[list[str]]:
+    """The reasons of each of `_LISTS`."""
+    files = (path.with_suffix(f".{kind}.jsonl") for kind in _LISTS)
+    return [[json.loads(x)["reason"] for x in f.read_text().splitlines()] for f in files]

@@ -13,10 +13,8 @@ import bisect
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ from hovle_jax.data.samples import (
 from hovle_jax.data.sources import MetaEntry, open_images, open_meta
 from hovle_jax.data.token_shards import TokenShards
 from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.data.workers import follow_parent
 from hovle_jax.errors import UserError, one_line
 
 Cursor = dict[str, Any]
@@ -393,14 +392,7 @@ def _start_worker(*_: int) -> None:
     last step it would cost, but with the parent, however that ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 def _of_workers(batches: Any) -> Iterator[HostBatch]:

@@ -7,16 +7,12 @@ of every row left out; journal.json is there until manifest.json is.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import math
-import multiprocessing
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -35,6 +31,7 @@ from hovle_jax.data.token_shards import (
     shard_sizes,
 )
 from hovle_jax.data.tokenizer import Tokenizer
+from hovle_jax.data.workers import in_order
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
@@ -95,7 +92,7 @@ def tokenize_text(
         with contextlib.closing(_Job(out, config)) as job:
             progress = _progress(found, job.file, quiet)
             batches = text_files.read(found, key, job.file, job.row)
-            for batch, rows, ids in _encode_all(batches, key, tokenizer, workers):
+            for batch, (rows, ids) in in_order(_encode, (key, tokenizer), batches, workers):
                 job.add(batch.file, rows, ids)
                 if job.rejects.count > max(max_rejects * job.rows, MANY):
                     raise job.too_many(max_rejects)
@@ -135,9 +132,9 @@ class _Row(NamedTuple):
     reason: str  # why it is rejected, '' if it is not
 
 
-def _encode(batch: Batch, key: str, tokenizer: Tokenizer) -> tuple[list[_Row], np.ndarray]:
+def _encode(shared: tuple[str, Tokenizer], batch: Batch) -> tuple[list[_Row], np.ndarray]:
     """What became of each row, and the ids of all, int32."""
-    rows, ids = [], list[int]()
+    (key, tokenizer), rows, ids = shared, [], list[int]()
     for number, data in batch.rows:
         try:
             text = text_files.text_of(data, batch.kind, key)
@@ -148,51 +145,6 @@ def _encode(batch: Batch, key: str, tokenizer: Tokenizer) -> tuple[list[_Row], n
         rows.append(_Row(number, len(found), ""))
         ids += found
     return rows, np.array(ids, IDS)
-
-
-def _encode_all(
-    batches: Iterable[Batch], key: str, tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Batch, list[_Row], np.ndarray]]:
-    """`_encode` of every batch in order; what is under way at a time is bounded."""
-    if not workers:
-        for batch in batches:
-            yield batch, *_encode(batch, key, tokenizer)
-        return
-    # Spawned: whoever calls may have threads, which a fork does not survive.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (key, tokenizer)
-    )
-    under_way = collections.deque[tuple[Batch, concurrent.futures.Future[Any]]]()
-    try:
-        for batch in batches:
-            under_way.append((batch, pool.submit(_encode_here, batch)))
-            if len(under_way) > 2 * workers + 2:
-                batch, future = under_way.popleft()
-                yield batch, *future.result()
-        for batch, future in under_way:
-            yield batch, *future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: dict[str, Any] = {}  # of this process, if it is one
-
-
-def _start_worker(key: str, tokenizer: Tokenizer) -> None:
-    _worker.update(key=key, tokenizer=tokenizer)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot stop its workers, and they would wait for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def _encode_here(batch: Batch) -> tuple[list[_Row], np.ndarray]:
-    return _encode(batch, **_worker)
 
 
 class _Job:
