@@ -133,7 +133,7 @@ def test_bench_data_reports_what_its_batches_hold(world, tmp_path, capsys, stage
     for host in report["hosts"]:
         assert "MFU 0.5" in host["step_time_from"]
         assert host["cores"] == pytest.approx(host["tiles_per_second"] / rate)
-    assert "cores" in capsys.readouterr().out
+    assert "of each for 1 host " in capsys.readouterr().out
 
 
 def test_bench_data_counts_cores_from_a_plan(world, tmp_path, one_line_error):
@@ -147,6 +147,9 @@ def test_bench_data_counts_cores_from_a_plan(world, tmp_path, one_line_error):
     # 8 rows in two seconds on 32 chips, of which a host has 8.
     assert host["host"] == "v5e-8" and "hovle plan" in host["step_time_from"]
     assert host["tiles_per_second"] == pytest.approx(tiles_per_row * 8 / 2.0 / 4)
+    # Each worker plans all 8 rows of a step, for all 4 hosts.
+    planning = report["data"]["conversations"]["row_seconds"]["plan"] * 8 / 2.0
+    assert host["hosts"] == 4 and host["planning"] == pytest.approx(planning)
     plan.write_text("{}")
     assert "topology" in one_line_error([*args, f"--plan={plan}"])
     assert "nowhere.json" in one_line_error([*args, "--plan=nowhere.json"])
@@ -180,10 +183,11 @@ def test_cores_follow_from_what_the_stage_trains(world):
     rates = {}
     for stage in ("align", "instruct"):
         config = world.config(stage)
-        host, _ = demand.cores(config, 2.0, 100.0, mfu=0.25)
+        host, _ = demand.cores(config, 2.0, 100.0, planning_seconds=1e-5, mfu=0.25)
         tiles = config.data.rows * 2.0 / aot.model_flops(config)
         assert host["tiles_per_second"] == pytest.approx(197e12 * 8 * 0.25 * tiles)
         assert host["cores"] == pytest.approx(host["tiles_per_second"] / 100.0)
+        assert host["planning"] == pytest.approx(host["tiles_per_second"] / 2.0 * 1e-5)
         rates[stage] = host["tiles_per_second"]
     assert rates["align"] > 1.1 * rates["instruct"]
 

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 
 from hovle_jax.data import array_record, convert, readers, sources
+from hovle_jax.data.files import allow_many_open
 from hovle_jax.data.records import Record, Turn
 from hovle_jax.errors import UserError
 from tests.conftest import write_meta
@@ -248,6 +251,23 @@ def test_other_settings_or_contents_are_refused(tmp_path):
         run([Rows()], tmp_path / "done")
     with pytest.raises(UserError, match=r"rows-00001\.array_record: not readable .*no such file"):
         sources.open_source(str(tmp_path / "done"))[6]
+
+
+def test_open_files_have_a_limit_which_is_raised(tmp_path):
+    """Every shard stays open; a limit that is met is not called damage."""
+    run([Rows(count=40)], tmp_path / "out", shard_bytes=10)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
+        source = sources.open_source(str(tmp_path / "out"))
+        with pytest.raises(UserError, match=r"not readable as ArrayRecord .*Too many open files"):
+            for i in range(len(source)):
+                source[i]
+        allow_many_open()
+        assert answers(source) == [f"rows {i:03}" for i in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_rejects(tmp_path):

@@ -418,6 +418,12 @@ def test_bad_tars(tmp_path):
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(UserError, match=r"x\.tar: .*no header and no end marker at byte 5120"):
             webdataset.Webdataset("x", str(tmp_path / "x.tar"))
+    # So are the tars after the first in what `cat` made of several.
+    (tmp_path / "x.tar").write_bytes(good + good)
+    with pytest.raises(UserError, match=r"x\.tar: .*more follows the end marker at byte 10240"):
+        webdataset.Webdataset("x", str(tmp_path / "x.tar"))
+    (tmp_path / "x.tar").write_bytes(good + bytes(3_000_000))
+    assert len(webdataset.Webdataset("x", str(tmp_path / "x.tar"))) == 5
     write_tar(tmp_path / "x.tar", {})
     with pytest.raises(UserError, match="the tars have no members"):
         webdataset.Webdataset("x", str(tmp_path / "x.tar"))

@@ -227,3 +227,11 @@ def test_not_an_image():
     for read in (image_lib.open_image, image_lib.image_size_of):
         with pytest.raises(UserError, match=r"^a.jsonl:3: .* 5 embedded bytes .*not an image"):
             read(b"hello", "a.jsonl:3")
+
+
+def test_what_jpeg_cannot_hold_is_not_recompressed():
+    for side in (65_500, 65_501):
+        image = Image.effect_noise((side, 8), 90).convert("RGB")
+        assert (image_lib.recompress(image, 75) is image) == (side == 65_501)
+        tall = image.transpose(Image.Transpose.ROTATE_90)
+        assert (image_lib.recompress(tall, 75) is tall) == (side == 65_501)

@@ -7,15 +7,24 @@ import dataclasses
 import itertools
 import json
 import os
+import types
 
+import jax
 import numpy as np
 import pytest
 
 from hovle_jax.config import IGNORE
+from hovle_jax.data.chat import Encoded
 from hovle_jax.data.mixture import Phase, Shares, Shuffled, Stream, phases_from
 from hovle_jax.data.pipeline import Pipeline, Split, global_row
+from hovle_jax.data.records import Record, Turn
+from hovle_jax.data.samples import Conversations
+from hovle_jax.data.sources import MetaEntry
+from hovle_jax.data.stats import stats_report
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.run.hosts import DataBarrier
+from hovle_jax.run.prepare import open_run
 from hovle_jax.stages import get_stage
 from tests.conftest import write_meta
 
@@ -287,6 +296,115 @@ def test_a_mixture_may_change_while_a_run_goes_on(world, three, tmp_path):
     assert first == {0: drawn["a"], 1: drawn["c"]}
 
 
+def rest_of_window(pipeline: Pipeline, cursor) -> tuple[list[int], dict]:
+    """Places that are still to be read of the cursor's window, and the cursor that is begun at."""
+    reader, begun = pipeline.reader(cursor)
+    rows = reader.plan(begun).rows(cursor["window"])[begun["row"] :]
+    return (list(itertools.chain(*rows)) if begun["window"] == cursor["window"] else []), begun
+
+
+@pytest.mark.parametrize("change", ["tile limit", "annotation"])
+def test_lengths_that_changed_make_nothing_be_read_twice(world, three, tmp_path, change):
+    """The window in progress would be packed otherwise: what is left of it is given up."""
+    meta, entries = three
+    entries = {k: dict(v) for k, v in entries.items()}
+    for entry in entries.values():
+        entry |= {k: str(meta.parent / entry[k]) for k in ("root", "annotation")}
+
+    def opened() -> Pipeline:
+        (tmp_path / "meta.json").write_text(json.dumps(entries))
+        limits = {"data__max_tiles": 4, "data__tiles": 12, "data__rows": 8, "data__window": 64}
+        return open_three(world, tmp_path / "meta.json", **limits)
+
+    before = opened()
+    whole = take(before.batches(), 9)
+    read = next(k for k, (_, c) in enumerate(whole, 1) if c["row"] > 3 and c["window"] > 0)
+    cursor = json.loads(json.dumps(whole[read - 1][1]))
+    again = opened()
+    assert again.summary(cursor) == before.summary(cursor) and len(again.summary(cursor)) == 3
+    for (a, _), (b, _) in zip(whole[read:], again.batches(cursor), strict=False):
+        assert same(a, b)
+    done = before.reader()[0].plan()
+    done = set(itertools.chain(*(done[row] for row in range(8 * read))))
+
+    name = "a" if change == "tile limit" else "b"
+    if change == "tile limit":
+        entries["a"]["max_dynamic_patch"] = 1
+    else:
+        rows = [json.loads(x) for x in (meta.parent / "b.jsonl").read_text().splitlines()]
+        for row in rows[::3]:
+            row["conversations"][1]["value"] = "white " * 20
+        other = tmp_path / "b.jsonl"
+        other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        entries["b"]["annotation"] = str(other)
+    after = opened()
+    left, begun = rest_of_window(after, cursor)
+    assert not left and (begun["window"], begun["row"]) == (cursor["window"] + 1, 0)
+    news = f"records of other lengths than before: {name}; "
+    news += "the rest of a window of 64 samples is not read"
+    assert after.summary(cursor)[0] == news and len(after.summary(cursor)) == 4
+    ((_, following),) = take(after.batches(cursor), 1)
+    assert len(after.summary(following)) == 3, "said once"
+    boundary = cursor | {"row": 0}
+    assert after.summary(boundary)[0] == news.partition(";")[0]
+    assert after.reader(boundary)[1]["window"] == cursor["window"], "nothing of it was read"
+    # As it was without the digests, which cursors of earlier versions have not.
+    older = {k: v for k, v in cursor.items() if k != "lengths"}
+    left, begun = rest_of_window(after, older)
+    assert (begun["window"], begun["row"]) == (cursor["window"], cursor["row"])
+    assert set(left) & done, "read twice: what the digests are for"
+
+
+def test_a_weight_is_of_the_samples_that_come(world, tmp_path):
+    """Four in five records of one source are left out; both give as much."""
+    question = {"from": "human", "value": "Hello"}
+    short, long = ({"from": "gpt", "value": "white " * n} for n in (1, 200))
+
+    def opened(left_out: bool, **entry) -> Pipeline:
+        rows = [[question, long if left_out and i % 5 else short] for i in range(100)]
+        write_meta(tmp_path, [{"conversations": turns} for turns in rows], "a.json")
+        write_meta(tmp_path, [{"conversations": [question, short]}] * 100, "b.json")
+        entries = {n: {"annotation": f"{n}.jsonl", "root": "images"} | entry for n in "ab"}
+        (tmp_path / "m.json").write_text(json.dumps(entries))
+        settings = {"data__too_long": "drop", "data__rows": 4, "data__window": 64}
+        return open_three(world, tmp_path / "m.json", **settings)
+
+    pipeline = opened(True, weight=0.3)
+    counts = collections.Counter[int]()
+    for batch, _ in take(pipeline.batches(), 20):
+        for segments, sources in zip(batch["segment_ids"], batch["source_ids"], strict=True):
+            counts.update(sources[segments == s][0] for s in range(1, segments.max() + 1))
+    assert counts.total() > 200 and abs(counts[0] - counts[1]) < 30
+    a, b = pipeline.summary()
+    assert a == (
+        "a: 50.00% of the samples, 100 records, read 0.00 times so far; 80 of 100 are left out"
+    )
+    assert b == "b: 50.00% of the samples, 100 records, read 0.00 times so far"
+    report = stats_report(pipeline, pipeline._config.data)
+    assert [(s["left_out"], s["looked_at"]) for s in report["sources"]] == [(80, 20), (0, 100)]
+    assert report["sources"][0]["tokens"]["min"] == report["sources"][1]["tokens"]["min"] > 0
+    plan = report["plan"]
+    assert plan["samples"] == sum(plan["draws"].values()) < 4 * 64
+    assert abs(plan["draws"]["a"] - plan["draws"]["b"]) < 20
+    # Without them the cursor's weights are those of the file, and repeats stay repeats of records.
+    assert opened(False, weight=0.3).reader()[1]["mixture"][0]["weights"] == {"a": 0.3, "b": 0.3}
+    assert opened(True).reader()[1]["mixture"][0]["weights"] == {"a": 100.0, "b": 100.0}
+    assert opened(True).summary()[0].startswith("a: 16.67% of the samples, 100 records, ")
+
+
+def test_hosts_must_have_the_same_lengths(world, three, tmp_path, monkeypatch):
+    """One had a hiccup when it measured: it would plan other rows than the others."""
+    facts: dict[str, object] = {}
+    monkeypatch.setattr(DataBarrier, "agree", lambda self, new: facts.update(new))
+    changes = {"data__meta": str(three[0]), "data__rows": 8, "init__scratch": True}
+    config = world.config("instruct", **changes)
+    open_run(config, tmp_path, jax.devices()[:1], quiet=True)
+    digests = open_three(world, three[0]).digests
+    assert digests.keys() == set("abc") and len(set(digests.values())) == 3
+    for name, digest in digests.items():
+        assert facts[f"measured lengths (config.data.index) of {name!r}"] == digest
+
+
 def test_held_out_records_are_read_once_by_all_hosts_together(world, three):
     pipeline = open_three(world, three[0], data__holdout=4)
     held = [{i for i in range(n) if i % 4 == 3} for n in (60, 45, 21)]
@@ -351,6 +469,64 @@ def test_long_conversations_are_cut_at_whole_turns(world, tmp_path):
     assert dropping.measure(0).cut.endswith("left out")
     fingerprints = {source(p)[0].fingerprint() for p in ("cut", "drop")} | {whole.fingerprint()}
     assert len(fingerprints) == 3
+
+
+def slowly_fitted(source: Conversations, record: Record, tiles: list[int]):
+    """The rule itself: the longest beginning that ends with an answer and fits; else a part of the
+    first."""
+    encoded, images = source._encode(record, record.turns, tiles), len(tiles)
+    if source._fits(encoded, tiles):
+        return encoded, images
+    for end in range(len(record.turns), 0, -1):
+        if record.turns[end - 1].role == "assistant":
+            turns = record.turns[:end]
+            images = sum(t.text.count("<image>") for t in turns if t.role == "user")
+            encoded = source._encode(record, turns, tiles[:images])
+            if source._fits(encoded, tiles[:images]):
+                return encoded, images
+    answer, (row_tokens, row_tiles) = int(np.argmax(encoded.labels != IGNORE)), source._row
+    if answer >= row_tokens or sum(tiles[:images]) > row_tiles:
+        return None, 0
+    return Encoded(encoded.ids[:row_tokens], encoded.labels[:row_tokens]), images
+
+
+def test_cuts_are_found_by_halving(world, monkeypatch):
+    """The same as by trying every answer from the last on, at a few encodings."""
+    rng = np.random.default_rng(0)
+    config = world.config("instruct", data__too_long="cut", data__tiles=5)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    kinds = collections.Counter[str]()
+    for _ in range(150):
+        exchanges, system = int(rng.integers(1, 20)), bool(rng.integers(2))
+        turns = [Turn("system", "Hello " * int(rng.integers(30)))] if system else []
+        for _ in range(exchanges):
+            shown = "<image>" * int(rng.integers(3) == 0)
+            turns.append(
+                Turn(
+                    "user",
+                    shown + "please " * int(rng.choice([1, 3, 12, 90], p=[0.3, 0.3, 0.3, 0.1])),
+                )
+            )
+            turns.append(Turn("assistant", "white " * int(rng.choice([1, 5, 30]))))
+        turns += [Turn("user", "Hello")] * int(rng.integers(2))
+        tiles = rng.integers(1, 3, sum(t.text.count("<image>") for t in turns)).tolist()
+        record = Record(tuple(turns), (b"",) * len(tiles), "here")
+        entry = MetaEntry("x", types.SimpleNamespace(max_tiles=None), 1.0, None, False, ())
+        source = Conversations(entry, tokenizer, config.model, config.data, 0)
+        expected, expected_images = slowly_fitted(source, record, tiles)
+        calls: list[int] = []
+        encode = source._encode
+        monkeypatch.setattr(
+            source, "_encode", lambda *args, f=encode, calls=calls: (calls.append(1), f(*args))[1]
+        )
+        encoded, images, said = source._fit(record, tiles)
+        assert images == expected_images and (encoded is None) == (expected is None)
+        if encoded is not None:
+            assert np.array_equal(encoded.ids, expected.ids)
+            assert np.array_equal(encoded.labels, expected.labels)
+        assert len(calls) <= 1 + np.ceil(np.log2(exchanges + 1))
+        kinds["turns kept" if "turns kept" in said else said.rpartition(": ")[2]] += 1
+    assert len(kinds) == 4 and min(kinds.values()) > 5, kinds
 
 
 def test_a_small_weight_is_not_none():

@@ -144,6 +144,28 @@ def test_image_folder(tmp_path):
         readers.ImageFolder("pool", str(tmp_path / "none"))
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    """As of a data set on several disks; and no link leads round in circles."""
+    (tmp_path / "all" / "real").mkdir(parents=True)
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    for name in ("all/a.png", "all/real/b.png", "disk/c.png", "disk/deep/d.png", "all/._a.png"):
+        (tmp_path / name).touch()
+    links = {
+        "all/disk": "disk",
+        "all/z_again": "disk/deep",
+        "all/a_latest": "all/real",
+        "all/loop": "all",
+        "disk/deep/up": "disk",
+        "disk/deep/back": "all",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    for root in (tmp_path / "all", f"{tmp_path}/all/"):
+        source = readers.ImageFolder("pool", str(root))
+        found = [source[i].where.removeprefix(f"{tmp_path}/all/") for i in range(len(source))]
+        assert found == ["a.png", "disk/c.png", "real/b.png", "z_again/d.png"]
+
+
 def test_text_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one \n\n  two\n")
     (tmp_path / "a.jsonl").write_text('{"text": "x\\ny"}\n{"txt": 1}\n')
@@ -183,6 +205,13 @@ def test_meta(meta, tmp_path, monkeypatch):
     (tmp_path / "cwd" / "img").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
     assert meta()[0].source[0].images == ("img/x.png",)
+
+
+def test_text_is_part_of_the_fingerprint(write, meta):
+    """The same file as documents and as conversations has other lengths."""
+    write({"text": "hello", "conversations": QA}, name="d.jsonl")
+    whole, (text,), (no_text,) = meta(), meta(text=True), meta(text=False)
+    assert whole[0].fingerprint == no_text.fingerprint != text.fingerprint
 
 
 @pytest.fixture

@@ -254,6 +254,7 @@ def run_data(
                 priced,
                 m["tiles_per_row"],
                 m["tiles_per_core_second"],
+                planning_seconds=m["row_seconds"]["plan"],
                 mfu=mfu,
                 plan=plan,
             )
@@ -283,10 +284,11 @@ def data_text(report: dict[str, Any]) -> str:
     for r in report["resize"]:
         sides = " -> ".join("x".join(map(str, r[key])) for key in ("from", "to"))
         lines.append(f"  {sides:24} {1e3 * r['seconds']:8.2f} ms   ratio {r['ratio']:.2f}")
-    lines.append("CPU cores a host needs")
+    lines.append("CPU cores a host needs; more of each worker's to plan the rows of all hosts")
     for host in report["hosts"]:
         lines.append(
             f"  {host['stage']:9} {host['host']:6} {host['tiles_per_second']:9,.0f} tiles/s "
-            f"{host['cores']:7.1f} cores   ({host['step_time_from']})"
+            f"{host['cores']:7.1f} cores, planning {host['planning']:.1%} of each for "
+            f"{host['hosts']} host{'s' * (host['hosts'] > 1)}   ({host['step_time_from']})"
         )
     return "\n".join(lines)

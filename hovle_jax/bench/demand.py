@@ -38,12 +38,20 @@ def cores(
     tiles_per_row: float,
     tiles_per_core_second: float,
     *,
+    planning_seconds: float,
     mfu: float = 0.5,
     plan: str = "",
 ) -> list[dict[str, Any]]:
-    """What hosts of eight chips need: one row per host, or the one of the plan's chip."""
+    """What hosts of eight chips need: one row per host, or the one of the plan's chip.
+
+    Args:
+      planning_seconds: To plan one row. Every worker plans the rows of all hosts: the share of its
+        core that this takes is `planning`, not part of `cores`.
+    """
+    hosts = 1
     if plan:
         step_seconds, count, chip = read_plan(plan)
+        hosts = -(-count // HOST_CHIPS)
         rates = {chip: config.data.rows * tiles_per_row / step_seconds / count * HOST_CHIPS}
         source = f"hovle plan, {step_seconds:.3g} s a step on {count} chips"
     else:
@@ -60,6 +68,8 @@ def cores(
             "step_time_from": source,
             "tiles_per_second": rate,
             "cores": rate / tiles_per_core_second,
+            "hosts": hosts,
+            "planning": hosts * rate / tiles_per_row * planning_seconds,
         }
         for chip, rate in rates.items()
     ]

@@ -155,8 +155,11 @@ def open_shard(path: str) -> Any:
             return reader
         if files.is_remote(path):
             reason = "its reader has no access; mount the bucket with gcsfuse or copy the shards"
+        elif not os.path.isfile(path):
+            reason = "no such file"
         else:
-            reason = "damaged or cut short" if os.path.isfile(path) else "no such file"
+            open(path, "rb").close()  # noqa: SIM115 - says why: no permission, too many open files
+            reason = "damaged or cut short"
     except (RuntimeError, ValueError, OSError) as e:
         reason = one_line(e)
     raise UserError(f"{path}: not readable as ArrayRecord ({reason})")

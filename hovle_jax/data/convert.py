@@ -42,6 +42,7 @@ def run_convert(
     An input is what `open_source` opens, a meta.json, or NAME=INPUT to name the source; the other
     arguments, results and errors are those of `open_source` and `convert`.
     """
+    files.allow_many_open()
     sources: list[Source] = []
     sizes: list[int] = []
     entries: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,7 @@ import io
 import os
 import pathlib
 import re
+import resource
 import stat
 import threading
 from collections.abc import Iterator
@@ -76,6 +77,14 @@ def _remote(path: str) -> Iterator[epath.Path]:
     except Exception as e:
         reason = (isinstance(e, OSError) and e.strerror) or one_line(e)
         raise OSError(errno.EIO, reason, path) from e
+
+
+def allow_many_open() -> None:
+    """Lets this process, and those it starts, have as many files open as the system allows: each
+    shard that is read stays open, and the usual limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says infinity and allows less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def is_file(path: str) -> bool:
@@ -171,14 +180,17 @@ def matches(pattern: str) -> list[str]:
 
 
 def files_below(directory: str) -> list[str]:
-    """All files below a directory, sorted by path; UserError where a part cannot be listed."""
+    """All files below a directory, sorted by path; UserError where a part cannot be listed.
+
+    Links to folders elsewhere are followed, each folder once.
+    """
 
     def failed(error: OSError) -> NoReturn:
         raise error
 
     with reading(directory):
         if not is_remote(directory):
-            found = [(folder, files) for folder, _, files in os.walk(directory)]
+            found = _walk(directory)
         else:
             scheme = directory.split("://", 1)[0]
             with _remote(directory) as root:
@@ -188,6 +200,25 @@ def files_below(directory: str) -> list[str]:
                     name = name if is_remote(name) else f"{scheme}://{name.lstrip('/')}"
                     found.append((name, files))
     return sorted(os.path.join(folder, file) for folder, files in found for file in files)
+
+
+def _walk(directory: str) -> list[tuple[str, list[str]]]:
+    """(folder, names of its files) of a local directory and all below it."""
+    root, found = os.path.realpath(directory), []
+    seen = {root}
+
+    def is_new(folder: str) -> bool:
+        real = os.path.realpath(folder)
+        inside = os.path.islink(folder) and pathlib.Path(real).is_relative_to(root)  # comes anyway
+        if inside or real in seen:
+            return False
+        seen.add(real)
+        return True
+
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        found.append((folder, names))
+        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(folder, name))]
+    return found
 
 
 def read_bytes(path: str, where: str) -> bytes:

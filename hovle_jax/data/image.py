@@ -137,7 +137,12 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def recompress(image: Image.Image, quality: int) -> Image.Image:
-    """The image after a JPEG round trip: InternVL's only training augmentation."""
+    """The image after a JPEG round trip: InternVL's only training augmentation.
+
+    One that JPEG cannot hold, of a side beyond 65,500 pixels, stays as it is.
+    """
+    if max(image.size) > 65_500:
+        return image
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")

@@ -3,8 +3,8 @@
     sample sources --mixture.Stream--> draws --pack.Plan over measured lengths--> rows
       --grain map, batch--> host batches
 
-The cursor is the window, the row in it and the mixture's phases: a few integers per source, the
-same for any number of hosts and workers.
+The cursor is the window, the row in it, the mixture's phases and a digest of each source's lengths:
+a few numbers per source, the same for any number of hosts and workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from hovle_jax.config import RunConfig
-from hovle_jax.data import image
+from hovle_jax.data import files, image
 from hovle_jax.data.index import Lengths, lengths_of
 from hovle_jax.data.mixture import Draw, Phase, Stream, phases_from
 from hovle_jax.data.pack import Plan, assemble
@@ -49,8 +49,8 @@ HostBatch = dict[str, np.ndarray]
 
 def open_sources(
     config: RunConfig, kind: str, tokenizer: Tokenizer
-) -> tuple[Sequence[SampleSource], list[float]]:
-    """The stage's sample sources and how many samples each gives, relative to the others."""
+) -> tuple[Sequence[SampleSource], list[MetaEntry]]:
+    """The stage's sample sources and what each was made of."""
     data, model = config.data, config.model
     check_tokenizer(tokenizer, model)
     unpaired = kind == "unpaired"
@@ -62,13 +62,20 @@ def open_sources(
     else:
         key = "images, or config.data.meta," if unpaired else "meta"
         raise UserError(f"config.data.{key}: stage {config.stage!r} has no data")
-    shares = [len(e.source) * e.repeat if e.weight is None else e.weight for e in entries]
     if not unpaired:
-        return [Conversations(e, tokenizer, model, data, config.seed) for e in entries], shares
+        return [Conversations(e, tokenizer, model, data, config.seed) for e in entries], entries
     _check_unpaired(config, entries)
     text = _open_text(data.text, tokenizer)
     images = [UnpairedImages(e, text, tokenizer, model, data, config.seed) for e in entries]
-    return images, shares
+    return images, entries
+
+
+def _share(entry: MetaEntry, lengths: Lengths) -> float:
+    """Draws of a source, relative to the others; a weight is of samples, and of records that are
+    left out none come."""
+    if entry.weight is None:
+        return len(entry.source) * entry.repeat
+    return entry.weight * (len(lengths) / (len(lengths) - lengths.summary.left_out))
 
 
 def _check_unpaired(config: RunConfig, entries: Sequence[MetaEntry]) -> None:
@@ -258,16 +265,23 @@ class Pipeline:
         """`index`: directory that keeps lengths, measured by `workers` processes (0: this one);
         `rejects`: file that lists samples which cannot be read."""
         image.self_test()
+        files.allow_many_open()
         self._config, data = config, config.data
         self.read = np.zeros(2, np.int64)  # samples drawn by this host so far, bad ones among them
         self._recent = np.zeros(2)  # of the last thousand or so, older ones counting less
-        self.sources, self._shares = open_sources(config, kind, tokenizer)
+        self.sources, entries = open_sources(config, kind, tokenizer)
         self.names = [source.name for source in self.sources]
         _check_names(self.names, data.max_sources)
         measure = functools.partial(
             lengths_of, data=data, directory=index, quiet=quiet, workers=workers
         )
         self.lengths = [measure(source) for source in self.sources]
+        self._shares = [_share(*pair) for pair in zip(entries, self.lengths, strict=True)]
+        # By name: what hosts must have alike, and a cursor is good for.
+        self.digests = {
+            name: lengths.summary.digest
+            for name, lengths in zip(self.names, self.lengths, strict=True)
+        }
         self.rejects = rejects
         self._reader = functools.partial(
             Reader, config, token_weights, self.sources, self.lengths, rejects=self.rejects
@@ -277,7 +291,8 @@ class Pipeline:
         """What is read from a cursor on, and the cursor to begin at.
 
         Where the mixture is another than the cursor's, it holds from the next window on. Should
-        the current one need a source that is gone, what is left of it is given up.
+        the current one need a source that is gone, or be packed otherwise because records have
+        other lengths, what is left of it is given up: some would be read twice, others never.
         """
         data = self._config.data
         splits = [Split(len(source), data.holdout) for source in self.sources]
@@ -286,28 +301,43 @@ class Pipeline:
         window, row = start["window"], start["row"]
         following = (window + bool(row)) * data.window
         phases = phases_from(start["mixture"], sizes, weights, following)
-        news = ""
+        news = []
         if start["mixture"] and dataclasses.asdict(phases[-1]) != start["mixture"][-1]:
-            news = _change(start["mixture"][-1]["sizes"], phases[-1])
-        if any(set(phase.sizes) - set(sizes) for phase in phases[:-1]):
+            news.append(_change(start["mixture"][-1]["sizes"], phases[-1]))
+        before = start.get("lengths", {})  # older cursors have none
+        if other := [n for n, digest in self.digests.items() if before.get(n, digest) != digest]:
+            news.append(f"records of other lengths than before: {', '.join(other)}")
+        if other or any(set(phase.sizes) - set(sizes) for phase in phases[:-1]):
             if row:
-                news += f"; the rest of a window of {data.window} samples is not read"
+                news.append(f"the rest of a window of {data.window} samples is not read")
             window, row, phases = window + bool(row), 0, phases[-1:]
         stream = Stream(self.names, phases, self._config.seed)
-        cursor = _cursor(window, row, data.window, phases)
-        return self._reader(splits=splits, stream=stream, news=news), cursor
+        cursor = self._cursor(window, row, phases)
+        return self._reader(splits=splits, stream=stream, news="; ".join(news)), cursor
+
+    def _cursor(self, window: int, row: int, phases: Sequence[Phase]) -> Cursor:
+        """Only the phases that the window and those after it need."""
+        starts = [phase.start for phase in phases]
+        first = max(bisect.bisect_right(starts, window * self._config.data.window) - 1, 0)
+        mixture = [dataclasses.asdict(phase) for phase in phases[first:]]
+        return {"window": window, "row": row, "mixture": mixture, "lengths": self.digests}
 
     def summary(self, start: Cursor = START) -> list[str]:
         """A line per source (its share, its records, how often they were read), and on changes."""
         reader, start = self.reader(start)
         assert isinstance(reader.stream, Stream)
         drawn = reader.stream.drawn(start["window"] * self._config.data.window)
-        total, lines = sum(self._shares), [reader.news] if reader.news else []
-        for name, split, share in zip(self.names, reader.splits, self._shares, strict=True):
-            epochs = drawn.get(name, 0) / len(split)
+        kept = [1 - x.summary.left_out / len(x) for x in self.lengths]
+        given = [share * part for share, part in zip(self._shares, kept, strict=True)]
+        lines = [reader.news] if reader.news else []
+        for name, split, lengths, samples in zip(
+            self.names, reader.splits, self.lengths, given, strict=True
+        ):
+            left_out = lengths.summary.left_out
             lines.append(
-                f"{name}: {share / total:.2%} of the samples, {len(split):,} records, "
-                f"read {epochs:.2f} times so far"
+                f"{name}: {samples / sum(given):.2%} of the samples, {len(split):,} records, "
+                f"read {drawn.get(name, 0) / len(split):.2f} times so far"
+                + (f"; {left_out:,} of {len(lengths):,} are left out" if left_out else "")
             )
         return lines
 
@@ -322,7 +352,7 @@ class Pipeline:
         for step, batch in enumerate(dataset, start=1):
             self._count(batch.pop("read").sum(axis=0))
             place = plan.locate(step * rows)
-            yield batch, _cursor(*place, self._config.data.window, reader.stream.phases)
+            yield batch, self._cursor(*place, reader.stream.phases)
 
     def origins(self, start: Cursor) -> list[list[dict[str, Any]]]:
         """What is in each row of the first global batch after a cursor (`Reader.origins`)."""
@@ -411,14 +441,6 @@ def global_row(i: int, *, rows: int, host: int, hosts: int) -> int:
     """Number in the stream of rows of a host's i-th row; batches have `rows` over all hosts."""
     here = rows // hosts
     return i // here * rows + host * here + i % here
-
-
-def _cursor(window: int, row: int, size: int, phases: Sequence[Phase]) -> Cursor:
-    """Only the phases that the window and those after it need."""
-    starts = [phase.start for phase in phases]
-    first = max(bisect.bisect_right(starts, window * size) - 1, 0)
-    mixture = [dataclasses.asdict(phase) for phase in phases[first:]]
-    return {"window": window, "row": row, "mixture": mixture}
 
 
 def _change(before: Mapping[str, int], now: Phase) -> str:

@@ -93,7 +93,10 @@ class JsonlConversations:
 
 
 class ImageFolder:
-    """Unpaired images: every PNG, JPEG, WebP and BMP file below a directory, sorted by path."""
+    """Unpaired images: every PNG, JPEG, WebP and BMP file below a directory, sorted by path.
+
+    Names that begin with a dot are ignored, such as the ._ files of a Mac.
+    """
 
     def __init__(self, name: str, directory: str, max_tiles: int | None = None):
         """Lists the files.
@@ -106,7 +109,11 @@ class ImageFolder:
         self.name = name
         self.max_tiles = max_tiles
         found = files.files_below(directory)
-        self._paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
+        self._paths = [
+            path
+            for path in found
+            if path.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(path).startswith(".")
+        ]
         if not self._paths:
             raise UserError(f"{name}: no {'/'.join(IMAGE_SUFFIXES)} files below {directory}")
 

@@ -7,7 +7,9 @@ from (seed, source, seen), so it does not depend on what else is in the mixture.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -205,12 +207,23 @@ class Conversations:
         if self._too_long == "drop":
             return None, 0, f"{size}: left out"
         turns, images = record.turns, len(tiles)
+
+        @functools.cache
+        def prefix(end: int) -> tuple[Encoded, int]:
+            count = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns[:end] if t.role == "user")
+            return self._encode(record, turns[:end], tiles[:count]), count
+
+        def is_over(end: int) -> bool:
+            encoded, count = prefix(end)
+            return not self._fits(encoded, tiles[:count])
+
         ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
-        for end in reversed(ends):
-            images = sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns[:end] if t.role == "user")
-            encoded = self._encode(record, turns[:end], tiles[:images])
-            if self._fits(encoded, tiles[:images]):
-                return encoded, images, f"{size}: {end} of {len(turns)} turns kept"
+        # Tokens and tiles grow with the end: of a thousand exchanges ten are encoded.
+        if fitting := bisect.bisect_left(ends, True, key=is_over):
+            end = ends[fitting - 1]
+            return *prefix(end), f"{size}: {end} of {len(turns)} turns kept"
+        if ends:
+            encoded, images = prefix(ends[0])
         answer = int(np.argmax(encoded.labels != IGNORE))
         row_tokens, row_tiles = self._row
         if answer >= row_tokens or sum(tiles[:images]) > row_tiles:

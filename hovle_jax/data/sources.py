@@ -265,7 +265,7 @@ def _meta_entry(path: str, name: str, entry: Any, repeat_mode: str, images_only:
         )
     repeat = entry["repeat_time"] if "repeat_time" in entry else _repeat_of(source, where)
     repeat = _positive(repeat, "repeat_time", where)
-    state = (*_state(source, annotation), root)
+    state = (*_state(source, annotation), root, *(["text"] if entry.get("text") else []))
     if repeat_mode == "internvl" and repeat < 1:
         count = int(len(source) * repeat)
         if not count:

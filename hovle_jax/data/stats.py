@@ -19,14 +19,15 @@ _BINS = 40
 def stats_report(pipeline: Pipeline, data: DataConfig, windows: int = 4) -> Report:
     """Lengths and fills: what to choose config.data.tokens, tiles and window by.
 
-    Lengths are those of the index; no image is read.
+    Lengths are those of the index; no image is read. Records that are left out count nowhere but in
+    left_out.
 
     Args:
       windows: How many windows of the plan, from the first on.
 
     Returns:
-      sources: per source name, records, looked_at (at most 100,000 of them, evenly spread), and
-      tokens and tiles, each {min, mean, median, p95, max, edges [n + 1], counts [n]};
+      sources: per source name, records, left_out, looked_at (of at most 100,000 of them, evenly
+      spread), and tokens and tiles, each {min, mean, median, p95, max, edges [n + 1], counts [n]};
       plan: of the first windows windows, samples, rows, samples_per_row, token_fill, tile_fill,
       row_token_fill and row_tile_fill [rows], draws {source: samples}, balanced_tiles (the tile
       limit at which this mixture would fill tokens and tiles alike).
@@ -35,7 +36,9 @@ def stats_report(pipeline: Pipeline, data: DataConfig, windows: int = 4) -> Repo
     for source, lengths in zip(pipeline.sources, pipeline.lengths, strict=True):
         count = min(len(lengths), _MOST_RECORDS)
         looked = np.array([lengths[i * len(lengths) // count] for i in range(count)])
-        about = {"name": source.name, "records": len(lengths), "looked_at": count}
+        looked = looked[looked.any(axis=1)]
+        about = {"name": source.name, "records": len(lengths), "looked_at": len(looked)}
+        about["left_out"] = lengths.summary.left_out
         spreads = {what: _spread(looked[:, k]) for k, what in enumerate(("tokens", "tiles"))}
         sources.append(about | spreads)
     reader, _ = pipeline.reader()
@@ -44,7 +47,9 @@ def stats_report(pipeline: Pipeline, data: DataConfig, windows: int = 4) -> Repo
     plan = reader.plan()
     rows = [np.array(r) for w in range(windows) for r in plan.rows(w)]
     fills = np.array([drawn[r].sum(axis=0) for r in rows]) / (data.tokens, max(data.tiles, 1))
-    names = [pipeline.names[reader.origin(n)[0]] for n in places]
+    come = [n for n in places if drawn[n].any()]
+    names = [pipeline.names[reader.origin(n)[0]] for n in come]
+    drawn = drawn[come]
     planned = {
         "windows": windows,
         "samples": len(drawn),

@@ -113,6 +113,12 @@ def _groups(tar: str) -> dict[str, dict[str, tuple[int, int]]]:
             f.seek(archive.offset)
             if f.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no header and no end marker at byte {archive.offset}")
+            while rest := f.read(1 << 20):
+                if rest.count(0) != len(rest):
+                    raise tarfile.ReadError(
+                        f"more follows the end marker at byte {archive.offset}: tars are joined by "
+                        "`tar --concatenate`, not by cat"
+                    )
     except OSError as e:
         raise UserError(f"{tar}: cannot be read ({e.strerror or one_line(e)})") from e
     except Exception as e:  # damaged headers find every kind in tarfile

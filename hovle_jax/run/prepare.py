@@ -157,7 +157,11 @@ def open_run(
                 quiet=quiet,
                 workers=config.data.workers,
             )
-        barrier.agree({"the data": pipeline.summary()})
+        lengths = {
+            f"measured lengths (config.data.index) of {name!r}": digest
+            for name, digest in pipeline.digests.items()
+        }
+        barrier.agree({"the data": pipeline.summary()} | lengths)
         teacher = teacher_params(config, mesh) if stage.teacher else {}
     return Run(config, workdir, stage, tokenizer, mesh, barrier, checkpoints, pipeline, teacher)
 
