@@ -205,19 +205,22 @@ def files_below(directory: str) -> list[str]:
 def _walk(directory: str) -> list[tuple[str, list[str]]]:
     """(folder, names of its files) of a local directory and all below it."""
     root, found = os.path.realpath(directory), []
+    real = {directory: root}  # folder: where it is, without links
     seen = {root}
 
-    def is_new(folder: str) -> bool:
-        real = os.path.realpath(folder)
-        inside = os.path.islink(folder) and pathlib.Path(real).is_relative_to(root)  # comes anyway
-        if inside or real in seen:
-            return False
-        seen.add(real)
-        return True
+    def is_new(folder: str, name: str) -> bool:
+        path = os.path.join(folder, name)
+        linked = os.path.islink(path)
+        real[path] = os.path.realpath(path) if linked else os.path.join(real[folder], name)
+        if linked and pathlib.Path(real[path]).is_relative_to(root):
+            return False  # it comes anyway
+        new = real[path] not in seen
+        seen.add(real[path])
+        return new
 
     for folder, folders, names in os.walk(directory, followlinks=True):
         found.append((folder, names))
-        folders[:] = [name for name in sorted(folders) if is_new(os.path.join(folder, name))]
+        folders[:] = [name for name in sorted(folders) if is_new(folder, name)]
     return found
 
 
