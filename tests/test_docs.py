@@ -232,6 +232,11 @@ def test_costs_follow_from_configs_and_plans():
         for row in map(cells, re.findall(r"^\| hovle_2b .*$", section, flags=re.M))
     }
     assert len(plans) == 9
+    summary = re.findall(r"^\| I+ `\w+` \|.*$", performance, flags=re.M)
+    assert len(summary) == 3
+    for stage, *found in map(cells, summary):
+        rows = [plans[stage.split()[0], chip] for chip in ("v5e", "v5p", "v6e")]
+        assert found == [f"{row[6]} s, {row[9]}, {row[5].split()[0]} GiB" for row in rows]
     table = {
         row[0]: row for row in map(cells, re.findall(r"^\| (?:I+|all) \|.*$", page, flags=re.M))
     }

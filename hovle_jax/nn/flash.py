@@ -56,7 +56,7 @@ def block_of(length: int) -> int:
     """The block a row is cut into, padded if it must be: 512 for all but short rows.
 
     The one whose visits take least time: as the compiler schedules them, that of its pairs and of
-    97,000 more (docs/performance.md).
+    97,000 more (docs/performance_log.md).
     """
 
     def cost(block: int) -> int:
