@@ -292,3 +292,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
         "hovle_jax.model.apply"
         in (tmp_path / "site/reference/hovle_jax.model/index.html").read_text()
     )
+    assert 'href="launch/"' in (tmp_path / "site/index.html").read_text()
+    launch = (tmp_path / "site/launch/index.html").read_text()
+    assert 'href="../performance/#method"' in launch

@@ -283,16 +283,21 @@ def test_stages_read_a_copy_of_the_index_in_memory(tools, settings, tmp_path):
         assert "--config.data.index=/dev/shm/hovle-index" in call
 
 
-def test_the_example_settings_fit_the_slice_they_name(tools):
-    """The recipe's rows, one at a time on each of 16 chips."""
-    done = tools().run("stages.sh", "--dry-run", SETTINGS="launch/example.env")
+@pytest.mark.parametrize("chips", [16, 256])
+def test_the_example_settings_fit_the_slices_they_name(tools, tmp_path, chips):
+    """The recipe's rows, one at a time on each chip of v5e:4x4 or, commented out, v5e:16x16."""
+    text = (LAUNCH / "example.env").read_text()
+    if chips == 256:
+        text = re.sub(r"^ARGS.*\n", "", text, flags=re.M).replace("#ARGS", "ARGS")
+    (tmp_path / "run.env").write_text(text)
+    done = tools().run("stages.sh", "--dry-run", SETTINGS=str(tmp_path / "run.env"))
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     for line in lines:
         args, overrides = cli._parser().parse_known_args(shlex.split(line)[1:])
         config = cli.load_config(args.config, overrides)
         recipe = cli.load_config(args.config)
-        assert config.data.rows == recipe.data.rows == 16 * config.optim.accumulate
+        assert config.data.rows == recipe.data.rows == chips * config.optim.accumulate
         assert config.data.workers > 0
 
 

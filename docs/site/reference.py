@@ -1,4 +1,4 @@
-"""MkDocs hook: a page for every module, from its docstrings, and for every file of examples/."""
+"""MkDocs hook: pages of what lies outside docs/: modules, the files of examples/, launch/."""
 
 import re
 from pathlib import Path
@@ -29,6 +29,8 @@ def on_config(config):
         title = module.removeprefix("hovle_jax.")
         groups.setdefault(".".join(package), []).append({title: f"reference/{module}.md"})
     top = groups.pop("")
+    place = next(i for i, page in enumerate(config.nav) if "stages.md" in page.values())
+    config.nav.insert(place + 1, {"Launch": "launch.md"})
     config.nav.append({"Examples": [{name: f"examples/{name}.md"} for name in _examples()]})
     config.nav.append({"API reference": top + [{name: pages} for name, pages in groups.items()]})
     return config
@@ -43,18 +45,31 @@ def on_files(files, config):
     for name in _examples():
         body = f"# {name}\n\n```python\n{(ROOT / f'examples/{name}.py').read_text()}```\n"
         files.append(File.generated(config, f"examples/{name}.md", content=body))
+    launch = (ROOT / "launch/README.md").read_text()
+    files.append(File.generated(config, "launch.md", content=launch))
     return files
 
 
+def _page(path):
+    """The page of a file outside docs/ (or, seen from launch/, in it); "" if it has none."""
+    for file, page in (
+        (r"examples/(\w+)\.py", r"examples/\1.md"),
+        (r"launch/README\.md(#.*)?", r"launch.md\1"),
+        (r"docs/(.*)", r"\1"),
+    ):
+        if match := re.fullmatch(file, path):
+            return match.expand(page)
+    return ""
+
+
 def on_page_markdown(markdown, page, **_):
-    """Links that leave docs/ lead to the pages of examples; of other files the name stays."""
+    """Links that leave docs/ lead to the pages made above; of other files the name stays."""
     depth = page.file.src_uri.count("/")
 
     def link(match):
         text, up, path = match.groups()
         if up.count("/") <= depth:
             return match[0]
-        example = re.fullmatch(r"examples/(\w+)\.py", path)
-        return f"[{text}]({'../' * depth}examples/{example[1]}.md)" if example else text
+        return f"[{text}]({'../' * depth}{_page(path)})" if _page(path) else text
 
     return re.sub(r"\[([^\]]+)\]\(((?:\.\./)+)([^)\s]+)\)", link, markdown)
