@@ -1,6 +1,6 @@
 """The exported directories in PyTorch and transformers, in processes without jax and without us.
 
-Marked `torch`: needs `pip install .[hf]` (torch 2.13.0 and any transformers from 4.56 on).
+Marked `torch`: needs `pip install '.[hf]'` (torch 2.13.0 and any transformers from 4.56 on).
 """
 
 import json

@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
         commands,
         "serve",
         _serve,
-        "Serve a model with OpenAI's chat protocol; needs `pip install .[serve]`. An API key is "
+        "Serve a model with OpenAI's chat protocol; needs `pip install '.[serve]'`. An API key is "
         "taken from the environment variable HOVLE_API_KEY.",
         "hovle serve runs/stage3 --port 8000",
     )

@@ -54,7 +54,7 @@ def torch_outputs(directory: str | Path, prompts: dict[str, np.ndarray]) -> dict
       UserError: torch or transformers is missing, or the directory does not run.
     """
     if not available():
-        raise UserError("comparing with PyTorch needs torch and transformers: pip install .[hf]")
+        raise UserError("comparing with PyTorch needs torch and transformers: pip install '.[hf]'")
     with tempfile.TemporaryDirectory() as scratch:
         given, made = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
         np.savez(given, **prompts)  # type: ignore[arg-type]
