@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -184,6 +187,25 @@ def test_every_command_has_an_example(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert "example:" in capsys.readouterr().out
+
+
+def test_help_tells_defaults():
+    def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for each in [p for a in nested for p in a.choices.values()]:
+            yield from leaves(each)
+        if not nested:
+            yield parser
+
+    commands = list(leaves(cli._parser()))
+    assert len(commands) > 20
+    for command in commands:
+        assert not [a.dest for a in command._actions if not a.help], command.prog
+        assert not re.search(r"default: (None|False|\[|\))", command.format_help()), command.prog
+    text = next(c for c in commands if c.prog == "hovle serve").format_help()
+    assert "where it listens (default: 8000)" in text and "0: none (default: 1024)" in " ".join(
+        text.split()
+    )
 
 
 def test_config_files_build_and_round_trip():

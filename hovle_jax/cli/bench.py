@@ -37,12 +37,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "How full rows get: the plan, first fit and InternVL's buffer on one made-up stream.",
         "hovle bench packing --tokens 8192",
     )
-    packing.add_argument("--samples", type=int, default=50_000)
+    packing.add_argument("--samples", type=int, default=50_000, help="of the stream")
     packing.add_argument("--tokens", type=int, default=16_384, help="of a row")
     packing.add_argument("--tiles", type=int, default=0, help="of a row; 0: suggested")
     packing.add_argument("--window", type=int, default=1024, help="samples packed together")
     packing.add_argument("--buffer", type=int, default=20, help="open rows of InternVL's packing")
-    packing.add_argument("--seed", type=int, default=0)
+    packing.add_argument("--seed", type=int, default=0, help="of the stream")
     packing.add_argument(
         "--only",
         choices=("caption", "document", "several", "text"),
@@ -74,7 +74,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     for command in steps:
         command.add_argument("--config", default="", help="FILE.py[:VARIANT]; default: 61.6M")
         command.add_argument("--stage", default="", help="default: the config's, or instruct")
-        command.add_argument("--rounds", type=int, default=5)
+        command.add_argument("--rounds", type=int, default=5, help="timed; medians are reported")
         command.add_argument("--steps", type=int, default=3, help="of a round")
         command.add_argument(
             "--reference", default="", metavar="DIR", help="public PyTorch code, taking turns"
@@ -94,13 +94,17 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "Seconds of prefill and per token of decoding; without MODEL_DIR, a made-up model.",
         "hovle bench generate --prompt 1100 --new 32",
     )
-    generate.add_argument("model_dir", nargs="?", default="", metavar="MODEL_DIR")
+    generate.add_argument(
+        "model_dir", nargs="?", default="", metavar="MODEL_DIR", help="native or Hugging Face"
+    )
     generate.add_argument("--prompt", type=int, default=1100, help="tokens, image included")
     generate.add_argument("--new", type=int, default=32, help="tokens")
     generate.add_argument("--tiles", type=int, default=1, help="of each prompt")
-    generate.add_argument("--batch", type=int, default=1)
-    generate.add_argument("--repeats", type=int, default=5)
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="")
+    generate.add_argument("--batch", type=int, default=1, help="prompts at a time")
+    generate.add_argument("--repeats", type=int, default=5, help="timed; medians are reported")
+    generate.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="default: the model's"
+    )
     generate.add_argument(
         "--reference", default="", metavar="DIR", help="public PyTorch code, taking turns"
     )
@@ -121,11 +125,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--config.data.tokens=512",
     )
     overhead.add_argument("--config", required=True, help="FILE.py[:VARIANT]; made-up data if none")
-    overhead.add_argument("--rounds", type=int, default=10)
+    overhead.add_argument("--rounds", type=int, default=10, help="turns of each")
     overhead.add_argument("--steps", type=int, default=20, help="of a turn")
 
     for command in (data, packing, generate, overhead, *steps):
-        command.add_argument("--json", default="", metavar="FILE")
+        command.add_argument("--json", default="", metavar="FILE", help="the report as one object")
 
 
 def _data(args: argparse.Namespace, rest: list[str]) -> int:

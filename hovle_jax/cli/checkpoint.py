@@ -18,7 +18,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         return add_command(commands, name, functools.partial(_run, run), text, example)
 
     listing = add("ls", _ls, "The checkpoints of a run.", "hovle checkpoint ls runs/stage2")
-    listing.add_argument("workdir", metavar="WORKDIR")
+    listing.add_argument("workdir", metavar="WORKDIR", help="of a run")
 
     verify = add(
         "verify",
@@ -44,7 +44,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "Delete old checkpoints; the newest always stays.",
         "hovle checkpoint prune runs/stage2 --keep 3 --keep-every 10000 --dry-run",
     )
-    prune.add_argument("workdir", metavar="WORKDIR")
+    prune.add_argument("workdir", metavar="WORKDIR", help="of a run")
     prune.add_argument("--keep", type=int, required=True, help="so many of the newest stay")
     prune.add_argument("--keep-every", type=int, default=0, help="and multiples of so many steps")
     prune.add_argument(

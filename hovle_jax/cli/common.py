@@ -19,6 +19,17 @@ class UsageError(UserError):
     """A command line that no command understands: exit status 2."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions and examples as they are written; after a flag's help, its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, value = action.help or "", action.default
+        empty = value is False or value in (None, "", [], argparse.SUPPRESS)
+        if empty or "default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 def add_command(
     commands: Any, name: str, run: Any, text: str, example: str
 ) -> argparse.ArgumentParser:
@@ -28,7 +39,7 @@ def add_command(
         help=text,
         description=text,
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     command.set_defaults(run=run)

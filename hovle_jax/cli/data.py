@@ -22,10 +22,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "hovle data convert meta.json shards/ --max-rejects 0.01",
     )
     convert.add_argument("inputs", nargs="+", metavar="INPUT", help="path, or NAME=PATH")
-    convert.add_argument("out", metavar="OUT_DIR")
+    convert.add_argument("out", metavar="OUT_DIR", help="of shards and a meta.json")
     convert.add_argument("--root", default=None, help="directory of relative image paths")
     convert.add_argument("--prompt", default="", help="user turn of a caption")
-    convert.add_argument("--shard-mb", type=int, default=512)
+    convert.add_argument("--shard-mb", type=int, default=512, help="size of a shard")
     convert.add_argument("--max-rejects", type=float, default=0.01, help="fraction of all rows")
     convert.add_argument(
         "--check",
@@ -47,12 +47,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help=".txt or .jsonl (also .gz, .zst), .parquet: files, globs, directories",
     )
-    tokenize.add_argument("out", metavar="OUT_DIR")
-    tokenize.add_argument("--tokenizer", required=True, metavar="DIR")
+    tokenize.add_argument("out", metavar="OUT_DIR", help="of token shards")
+    tokenize.add_argument("--tokenizer", required=True, metavar="DIR", help="of tokenizer.model")
     tokenize.add_argument("--workers", type=int, default=0, help="processes; 0 = this one")
     tokenize.add_argument("--key", default="text", help="field or column of the text")
     tokenize.add_argument("--max-rejects", type=float, default=0.01, help="fraction of all rows")
-    tokenize.add_argument("--shard-tokens", type=int, default=2**27)
+    tokenize.add_argument("--shard-tokens", type=int, default=2**27, help="of a shard")
 
     tile = add(
         "tile",
@@ -60,9 +60,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "How an image is cut: grid, tile order, a hash of every tile's pixels.",
         "hovle data tile photo.jpg --image-size 448 --max-tiles 12 --png tiles.png",
     )
-    tile.add_argument("image")
-    tile.add_argument("--image-size", type=int, default=448)
-    tile.add_argument("--max-tiles", type=int, default=12)
+    tile.add_argument("image", help="a file")
+    tile.add_argument("--image-size", type=int, default=448, help="a tile's side, in pixels")
+    tile.add_argument("--max-tiles", type=int, default=12, help="beside the thumbnail")
 
     prompt = add(
         "prompt",
@@ -72,8 +72,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     prompt.add_argument("--config", default="", help="FILE.py[:VARIANT]")
     prompt.add_argument("--tokenizer", default="", help="directory; default: the config's")
-    prompt.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH")
-    prompt.add_argument("--prompt", required=True)
+    prompt.add_argument(
+        "--image",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="one for each <image>",
+    )
+    prompt.add_argument("--prompt", required=True, help="the question")
 
     index = add(
         "index",
@@ -82,7 +89,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "hovle data index --config=configs/stage3_instruct.py:hovle_2b --out gs-mount/index",
     )
     index.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
-    index.add_argument("--out", required=True, metavar="DIR")
+    index.add_argument("--out", required=True, metavar="DIR", help="becomes config.data.index")
     index.add_argument("--workers", type=int, default=0, help="processes that measure")
 
     inspect = add(
@@ -92,8 +99,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "hovle data inspect --config=configs/stage3_instruct.py:tiny --step 100 --png row.png",
     )
     inspect.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
-    inspect.add_argument("--step", type=int, default=1)
-    inspect.add_argument("--row", type=int, default=0)
+    inspect.add_argument("--step", type=int, default=1, help="of the run, from 1")
+    inspect.add_argument("--row", type=int, default=0, help="of the batch, from 0")
     inspect.add_argument(
         "--workdir",
         default="",
@@ -111,7 +118,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("--windows", type=int, default=4, help="packing windows to plan")
 
     for command in (tile, prompt, inspect, stats):
-        command.add_argument("--json", default="", metavar="FILE")
+        command.add_argument("--json", default="", metavar="FILE", help="what is printed, and more")
     for command in (tile, inspect, stats):
         command.add_argument("--png", default="", metavar="FILE", help="draw it")
 

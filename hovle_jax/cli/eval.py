@@ -22,7 +22,9 @@ def add_commands(commands: Any) -> None:
         "hovle eval runs/stage3 --task mme --data MME.tsv",
     )
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("model_dir", nargs="?", default="", metavar="MODEL_DIR")
+    source.add_argument(
+        "model_dir", nargs="?", default="", metavar="MODEL_DIR", help="native or Hugging Face"
+    )
     source.add_argument("--model", default="", metavar="MODEL_DIR", help="the same")
     source.add_argument("--predictions", default="", metavar="FILE", help="score these, no model")
     command.add_argument("--task", required=True, help="mme, mmbench_en, ...: docs/evaluation.md")
@@ -36,7 +38,7 @@ def add_commands(commands: Any) -> None:
         default="vlmevalkit",
         help="whose prompts and metric: vlmevalkit (default), lmms-eval or internvl",
     )
-    command.add_argument("--out", default="runs/eval", metavar="DIR")
+    command.add_argument("--out", default="runs/eval", metavar="DIR", help="answers and results")
     command.add_argument("--slots", type=int, default=8, help="questions answered at a time")
     command.add_argument("--context", type=int, default=0, help="tokens; default: what they need")
     command.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")

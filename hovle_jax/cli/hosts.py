@@ -13,7 +13,7 @@ def add_hosts(command: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="of several hosts, where neither TPU nor Slurm tells; with the next two",
     )
-    command.add_argument("--processes", type=int, default=1)
+    command.add_argument("--processes", type=int, default=1, help="hosts of the run")
     command.add_argument("--process", type=int, default=0, help="this one, from 0")
     command.add_argument(
         "--start-timeout", type=int, default=300, help="seconds in which all hosts have to come"

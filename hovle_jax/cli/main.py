@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "hovle demo --out runs/demo",
     )
     demo.add_argument("--out", default="runs/demo", help="directory of the results")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, default=0, help="of data, weights and order")
     demo.add_argument("--ablations", action="store_true", help="also without stage I, and III only")
 
     study = add(
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "hovle study configs/studies/stages.py --out runs/studies",
     )
     study.add_argument("file", metavar="FILE.py", help="its get_study() says what is compared")
-    study.add_argument("--out", default="runs/studies", metavar="DIR")
+    study.add_argument("--out", default="runs/studies", metavar="DIR", help="of the results")
 
     train = add(
         "train",
@@ -193,11 +193,13 @@ def _parser() -> argparse.ArgumentParser:
         "--config.data.rows=64",
     )
     train.add_argument("--config", required=True, help="FILE.py[:VARIANT]")
-    train.add_argument("--workdir", required=True)
+    train.add_argument(
+        "--workdir", required=True, help="checkpoints and metrics; the same on all hosts"
+    )
     add_hosts(train)
     traced = train.add_argument("--profile", default="", metavar="START:COUNT")
     traced.help = "trace these steps into WORKDIR/profile, for xprof"
-    again = train.add_argument("--replay-step", type=int, default=0, metavar="K")
+    again = train.add_argument("--replay-step", type=int, metavar="K")
     again.help = "train nothing: do the steps up to K again and compare every bit with the record"
 
     plot = add(
@@ -206,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         "One picture of runs: losses, gradients, speed, and where the time went.",
         "hovle plot runs/stage2 runs/stage2_other_lr --out compare.png",
     )
-    plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="work directory")
     plot.add_argument("--out", default="", metavar="FILE", help="default: RUN_DIR/plot.png")
     plot.add_argument("--json", default="", metavar="FILE", help="seconds of every phase")
 
@@ -236,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         "Hugging Face directory (HoVLE, InternVL, InternLM2, Llama, Qwen) -> native directory.",
         "hovle import HoVLE runs/released",
     )
-    imported.add_argument("hf_dir", metavar="HF_DIR")
+    imported.add_argument("hf_dir", metavar="HF_DIR", help="config.json and safetensors")
     imported.add_argument(
         "out_dir", metavar="OUT_DIR", help="an InternVL gives OUT_DIR/{llm,teacher}"
     )
@@ -254,8 +256,8 @@ def _parser() -> argparse.ArgumentParser:
         "Model -> complete Hugging Face directory that needs only torch and transformers.",
         "hovle export runs/stage3 exported --dtype bfloat16 --verify",
     )
-    export.add_argument("model_dir", metavar="MODEL_DIR")
-    export.add_argument("out_dir", metavar="OUT_DIR")
+    export.add_argument("model_dir", metavar="MODEL_DIR", help="of a run or a model")
+    export.add_argument("out_dir", metavar="OUT_DIR", help="new, or empty")
     export.add_argument(
         "--flavour",
         choices=("reference", "fused"),
@@ -265,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="", help="default: as stored"
     )
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file"
+    )
     export.add_argument(
         "--assets", default="", metavar="HF_DIR", help="tokenizer files to copy byte for byte"
     )
@@ -280,9 +284,9 @@ def _parser() -> argparse.ArgumentParser:
         "Compare a model with recorded outputs of another implementation; status 1 on a miss.",
         "hovle verify HoVLE cases/*.npz --json report.json",
     )
-    verify.add_argument("model_dir", metavar="MODEL_DIR")
-    verify.add_argument("cases", nargs="*", metavar="CASE.npz")
-    verify.add_argument("--json", default="", metavar="FILE")
+    verify.add_argument("model_dir", metavar="MODEL_DIR", help="native or Hugging Face")
+    verify.add_argument("cases", nargs="*", metavar="CASE.npz", help="recorded outputs")
+    verify.add_argument("--json", default="", metavar="FILE", help="every comparison")
     verify.add_argument(
         "--all", action="store_true", help="every gradient, not the worst of a kind"
     )

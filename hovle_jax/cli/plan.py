@@ -94,7 +94,7 @@ def add_plan(add: Callable[..., Any]) -> None:
     command.add_argument(
         "--search", action="store_true", help="tries rows, remat, loss chunks and meshes; an hour"
     )
-    command.add_argument("--json", default="", metavar="FILE")
+    command.add_argument("--json", default="", metavar="FILE", help="the figures as one object")
     command.add_argument(
         "--tabulate", default="", metavar="DIR", help="only print the --json files there as a table"
     )

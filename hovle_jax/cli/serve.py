@@ -26,9 +26,11 @@ def add_commands(commands: Any) -> None:
         "Talk to a trained model about images; without --prompt, interactively.",
         "hovle chat runs/demo/full/instruct --image digit.png --prompt 'Which digit is top-left?'",
     )
-    chat.add_argument("model_dir", metavar="MODEL_DIR")
-    chat.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH")
-    chat.add_argument("--prompt")
+    chat.add_argument("model_dir", metavar="MODEL_DIR", help="native or Hugging Face")
+    chat.add_argument(
+        "--image", action="extend", nargs="+", default=[], metavar="PATH", help="of the first turn"
+    )
+    chat.add_argument("--prompt", help="one question and its answer")
 
     generate = add_command(
         commands,
@@ -37,12 +39,14 @@ def add_commands(commands: Any) -> None:
         "Answer every row of a jsonl file; resumes after a kill.",
         "hovle generate runs/stage3 --input questions.jsonl --output answers.jsonl",
     )
-    generate.add_argument("model_dir", metavar="MODEL_DIR")
+    generate.add_argument("model_dir", metavar="MODEL_DIR", help="native or Hugging Face")
     generate.add_argument(
         "--input", required=True, metavar="IN.jsonl", help="'prompt' or 'messages', and 'image'"
     )
-    generate.add_argument("--output", required=True, metavar="OUT.jsonl")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    generate.add_argument("--output", required=True, metavar="OUT.jsonl", help="an answer a row")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable"
+    )
     add_hosts(generate)
     _add_engine(generate)
 
@@ -54,9 +58,9 @@ def add_commands(commands: Any) -> None:
         "taken from the environment variable HOVLE_API_KEY.",
         "hovle serve runs/stage3 --port 8000",
     )
-    serve.add_argument("model_dir", metavar="MODEL_DIR")
+    serve.add_argument("model_dir", metavar="MODEL_DIR", help="native or Hugging Face")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--port", type=int, default=8000, help="where it listens")
     serve.add_argument("--name", default="", help="of the model; default: the directory's")
     _add_engine(serve)
     serve.add_argument("--queue", type=int, default=64, help="answers waiting or running; then 429")
@@ -65,7 +69,7 @@ def add_commands(commands: Any) -> None:
     serve.add_argument("--max-body-mib", type=int, default=32, help="of a request")
     serve.add_argument("--max-pixels", type=int, default=50_000_000, help="of an image")
     serve.add_argument("--max-tiles", type=int, default=64, help="of a request")
-    serve.add_argument("--max-new-tokens", type=int, default=4096)
+    serve.add_argument("--max-new-tokens", type=int, default=4096, help="of an answer, at most")
     serve.add_argument(
         "--images-first",
         action="store_true",
@@ -73,7 +77,7 @@ def add_commands(commands: Any) -> None:
     )
 
     for command in (chat, generate):
-        command.add_argument("--max-new-tokens", type=int, default=64)
+        command.add_argument("--max-new-tokens", type=int, default=64, help="of an answer, at most")
         _add_sampling(command)
 
 
@@ -100,11 +104,20 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0: the best token")
-    command.add_argument("--top-k", type=int, default=0)
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--min-p", type=float, default=0.0)
-    command.add_argument("--repetition-penalty", type=float, default=1.0)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--top-k", type=int, default=0, help="draw from the best K; 0: from all")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help="from the best that hold this probability"
+    )
+    command.add_argument(
+        "--min-p", type=float, default=0.0, help="without those below this share of the best"
+    )
+    command.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="over 1: tokens already there score lower",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of drawing")
 
 
 def _sampling(args: argparse.Namespace) -> Any:
