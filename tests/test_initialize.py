@@ -15,6 +15,7 @@ from hovle_jax.checkpoint import Stored, load, save_model
 from hovle_jax.config import LayersConfig, MeshConfig, ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import check_model, check_order, check_same_table, initial_params
+from hovle_jax.nn.layers import MLPS, SwiGLU
 from hovle_jax.sharding import make_mesh
 from hovle_jax.stages import get_stage
 from hovle_jax.tree import flatten
@@ -32,6 +33,7 @@ STACK = {
     "qkv_bias": True,
     "out_bias": True,
     "qk_norm": True,
+    "mlp": "another",
     "layer_types": ("attention", "linear_attention"),
     "mask": "prefix",
     "positions": "2d",
@@ -83,8 +85,9 @@ def test_every_setting_of_a_stack_is_thought_of():
     [(stack, *item) for stack in ("embedding", "decoder") for item in STACK.items()]
     + [("", *item) for item in WHOLE.items()],
 )
-def test_the_next_stage_keeps_what_no_parameter_tells(stack, key, value):
+def test_the_next_stage_keeps_what_no_parameter_tells(stack, key, value, monkeypatch):
     """Whichever of the two is the unusual one, and only where the part comes from there."""
+    monkeypatch.setitem(MLPS, "another", SwiGLU)
     base = changed("", "shuffle", 1) if key == "projector" else small.PRE
     base = changed(stack, "rope_scaling", "linear") if key == "rope_factor" else base
     other = changed(stack, key, value)

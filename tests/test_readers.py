@@ -148,6 +148,7 @@ def test_linked_folders_are_read_once(tmp_path):
     """As of a data set on several disks; and no link leads round in circles."""
     (tmp_path / "all" / "real").mkdir(parents=True)
     (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "beside.png").touch()
     for name in ("all/a.png", "all/real/b.png", "disk/c.png", "disk/deep/d.png", "all/._a.png"):
         (tmp_path / name).touch()
     links = {
@@ -157,6 +158,7 @@ def test_linked_folders_are_read_once(tmp_path):
         "all/loop": "all",
         "disk/deep/up": "disk",
         "disk/deep/back": "all",
+        "disk/deep/above": ".",
     }
     for link, target in links.items():
         (tmp_path / link).symlink_to(tmp_path / target)

@@ -182,7 +182,7 @@ def matches(pattern: str) -> list[str]:
 def files_below(directory: str) -> list[str]:
     """All files below a directory, sorted by path; UserError where a part cannot be listed.
 
-    Links to folders elsewhere are followed, each folder once.
+    Links to folders elsewhere are followed, not back up, and each folder once.
     """
 
     def failed(error: OSError) -> NoReturn:
@@ -212,8 +212,11 @@ def _walk(directory: str) -> list[tuple[str, list[str]]]:
         path = os.path.join(folder, name)
         linked = os.path.islink(path)
         real[path] = os.path.realpath(path) if linked else os.path.join(real[folder], name)
-        if linked and pathlib.Path(real[path]).is_relative_to(root):
-            return False  # it comes anyway
+        if linked:
+            target = pathlib.Path(real[path])
+            above = any(pathlib.Path(x).is_relative_to(target) for x in (root, real[folder]))
+            if above or target.is_relative_to(root):  # that comes anyway
+                return False
         new = real[path] not in seen
         seen.add(real[path])
         return new

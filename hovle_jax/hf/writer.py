@@ -89,7 +89,7 @@ def write_directory(
     describe = {"reference": config_json.hovle_json, "fused": config_json.fused_json}[
         options.flavour
     ]
-    rows = table(config)  # refuses before anything is read
+    rows, _ = table(config), describe(config, data, "float32")  # refuse before anything is read
     lacking = sorted({p for row in rows for p in row.native} - stored.paths)
     if lacking:
         raise UserError(
