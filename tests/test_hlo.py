@@ -98,6 +98,15 @@ def test_unknown_chip():
         chips.get_chip("v9")
 
 
+@pytest.mark.parametrize(
+    ("chip", "num_chips", "hosts"),
+    [("v5e", 1, 1), ("v5e", 8, 1), ("v5e", 16, 4), ("v5p", 4, 1), ("v5p", 8, 2), ("tpu7x", 64, 16)],
+)
+def test_hosts_of_a_slice(chip, num_chips, hosts):
+    """As launch/slice.sh has it."""
+    assert chips.num_hosts(chips.get_chip(chip), num_chips) == hosts
+
+
 @pytest.mark.parametrize(("words", "hidden"), [(1000, True), (4000, False)])
 def test_reductions_between_slices(words, hidden):
     """In the loop's body, over its 1,200 cycles: 0.8 microseconds are 2,500 bytes."""

@@ -14,8 +14,6 @@ from hovle_jax.config import RunConfig
 from hovle_jax.errors import UserError
 from hovle_jax.tpu import aot, chips
 
-HOST_CHIPS = 8  # of v5e-8 and v6e-8
-
 
 def read_plan(path: str) -> tuple[float, int, str]:
     """(seconds of a step, chips, chip) of a file `hovle plan --json` wrote."""
@@ -42,34 +40,36 @@ def cores(
     mfu: float = 0.5,
     plan: str = "",
 ) -> list[dict[str, Any]]:
-    """What hosts of eight chips need: one row per host, or the one of the plan's chip.
+    """What the largest hosts need: one row for each of v5e and v6e, or that of the plan's chip.
 
     Args:
       planning_seconds: To plan one row. Every worker plans the rows of all hosts: the share of its
         core that this takes is `planning`, not part of `cores`.
     """
-    hosts = 1
+    count = 0
     if plan:
         step_seconds, count, chip = read_plan(plan)
-        hosts = -(-count // HOST_CHIPS)
-        rates = {chip: config.data.rows * tiles_per_row / step_seconds / count * HOST_CHIPS}
+        per_chip = {chip: config.data.rows * tiles_per_row / step_seconds / count}
         source = f"hovle plan, {step_seconds:.3g} s a step on {count} chips"
     else:
-        tiles = config.data.rows * tiles_per_row / aot.model_flops(config)  # for a FLOP
-        rates = {
-            chip: chips.get_chip(chip).peak_flops * HOST_CHIPS * mfu * tiles
-            for chip in ("v5e", "v6e")
+        of_flop = config.data.rows * tiles_per_row / aot.model_flops(config)
+        per_chip = {
+            name: chips.get_chip(name).peak_flops * mfu * of_flop for name in ("v5e", "v6e")
         }
         source = f"model FLOPs at MFU {mfu:g}"
-    return [
-        {
-            "stage": config.stage,
-            "host": f"{chip}-{HOST_CHIPS}",
-            "step_time_from": source,
-            "tiles_per_second": rate,
-            "cores": rate / tiles_per_core_second,
-            "hosts": hosts,
-            "planning": hosts * rate / tiles_per_row * planning_seconds,
-        }
-        for chip, rate in rates.items()
-    ]
+    rows = []
+    for name, rate in per_chip.items():
+        chip = chips.get_chip(name)
+        tiles, hosts = rate * chip.host_chips, max(1, -(-count // chip.host_chips))
+        rows.append(
+            {
+                "stage": config.stage,
+                "host": chip.host,
+                "step_time_from": source,
+                "tiles_per_second": tiles,
+                "cores": tiles / tiles_per_core_second,
+                "hosts": hosts,
+                "planning": hosts * tiles / tiles_per_row * planning_seconds,
+            }
+        )
+    return rows

@@ -19,7 +19,6 @@ from hovle_jax.output import write_json, writing
 # What a core delivered to a stage that reads such data (docs/performance.md, 'Cores a host needs').
 TILES_PER_CORE_SECOND = {"unpaired": 59.0, "conversations": 189.0}
 DISK_BYTES_PER_SECOND = 1e9  # a host's share of a bucket: an assumption
-CHIPS_PER_HOST = 4
 
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> int:
@@ -104,12 +103,13 @@ def add_plan(add: Callable[..., Any]) -> None:
 def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
     """The JSON object: seconds, bytes and FLOPs of one step, per chip unless it says otherwise."""
     from hovle_jax.stages import get_stage
-    from hovle_jax.tpu import aot
+    from hovle_jax.tpu import aot, chips
 
     per_chip = target.chip.devices_per_chip
     devices = len(target.devices)
     num_chips = devices // per_chip
     state = aot.state_bytes(config)
+    num_hosts = target.slices * chips.num_hosts(target.chip, num_chips // target.slices)
     body: dict[str, Any] = {
         "topology": target.name,
         "slices": target.slices,
@@ -126,9 +126,7 @@ def report(config: Any, target: Any, plan: Any) -> dict[str, Any]:
         "hbm": {k: v and v * per_chip for k, v in dataclasses.asdict(plan.memory).items()},
         "model_flops_per_chip": plan.model_flops * per_chip,
         "state_bytes": state,
-        "checkpoint_write_seconds": state
-        / DISK_BYTES_PER_SECOND
-        / max(1, num_chips // CHIPS_PER_HOST),
+        "checkpoint_write_seconds": state / DISK_BYTES_PER_SECOND / num_hosts,
     }
     if plan.cost is None:
         return body

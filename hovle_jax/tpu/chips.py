@@ -31,6 +31,8 @@ class Chip:
     ici_bandwidth: float  # bytes per second, one link, one way
     torus_axes: int
     network_bandwidth: float  # bytes per second between slices: a device's share of its host's
+    host: str  # the largest slice that is one host, by Google's name (v4, v5p: cores, not chips)
+    host_chips: int = 4
     devices_per_chip: int = 1
 
 
@@ -78,15 +80,15 @@ EACH_REDUCTION_ALONE = Option(
     "is left to compute meanwhile; so each begins when it is made (those under 1 MiB together)",
 )
 
-# name, kind, peak, clock, memory, link bandwidth, torus axes, network
+# name, kind, peak, clock, memory, link bandwidth, torus axes, network, host
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 1.05e9, 31.25 * GIB, 4.5e10, 3, 6.25e9),
-        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 15.75 * GIB, 4.5e10, 2, 3.125e9),
-        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95.74 * GIB, 9e10, 3, 6.25e9),
-        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 31.25 * GIB, 9e10, 2, 1.25e10),
-        Chip("tpu7x", "TPU7x", 1153.5e12, 2.2e9, 94.75 * GIB, 9e10, 3, 6.25e9, 2),
+        Chip("v4", "TPU v4", 275e12, 1.05e9, 31.25 * GIB, 4.5e10, 3, 6.25e9, "v4-8"),
+        Chip("v5e", "TPU v5 lite", 197e12, 1.5e9, 15.75 * GIB, 4.5e10, 2, 3.125e9, "v5e-8", 8),
+        Chip("v5p", "TPU v5", 459e12, 1.75e9, 95.74 * GIB, 9e10, 3, 6.25e9, "v5p-8"),
+        Chip("v6e", "TPU v6 lite", 918e12, 1.75e9, 31.25 * GIB, 9e10, 2, 1.25e10, "v6e-8", 8),
+        Chip("tpu7x", "TPU7x", 1153.5e12, 2.2e9, 94.75 * GIB, 9e10, 3, 6.25e9, "tpu7x-2x2x1", 4, 2),
     )
 }
 """Clock and peak agree with the compiler's own estimate of one large matrix product to within 3 %
@@ -105,6 +107,11 @@ def get_chip(name: str) -> Chip:
     if name not in CHIPS:
         raise UserError(f"--topology: chip {name!r} is not one of {', '.join(CHIPS)}")
     return CHIPS[name]
+
+
+def num_hosts(chip: Chip, num_chips: int) -> int:
+    """Of one slice: where it takes several hosts, each has four chips."""
+    return 1 if num_chips <= chip.host_chips else num_chips // 4
 
 
 def of_kind(device_kind: str) -> Chip | None:
