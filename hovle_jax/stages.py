@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ import jax
 from hovle_jax import distill, losses, model
 from hovle_jax.config import RunConfig
 from hovle_jax.data.pack import TOKEN_WEIGHTS
+from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.samples import KINDS
+from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.registry import Registry
 from hovle_jax.typed import one_of
 
@@ -111,3 +114,21 @@ for _stage in (
 
 def get_stage(name: str) -> Stage:
     return STAGES.find(name)
+
+
+def open_pipeline(
+    config: RunConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    index: Path | None = None,
+    **options: Any,
+) -> Pipeline:
+    """The data of the config's stage; tokenizer and index default to config.data's.
+
+    Args:
+      options: As `Pipeline` takes them.
+    """
+    stage, data = get_stage(config.stage), config.data
+    tokenizer = tokenizer or Tokenizer.load(data.tokenizer)
+    index = index or (Path(data.index) if data.index else None)
+    return Pipeline(config, stage.data, stage.token_weights, tokenizer, index=index, **options)

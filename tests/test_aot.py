@@ -11,12 +11,10 @@ import pytest
 from hovle_jax import sharding, train_step
 from hovle_jax.cli.main import main
 from hovle_jax.config import MeshConfig
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.optim import make_optimizer
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.tpu import aot, chips
 from hovle_jax.tree import split
 
@@ -28,8 +26,7 @@ def test_the_planned_program_is_the_one_that_trains(world, name):
     """Lowered from real arrays, as `train` calls it, and from shapes, as `plan` does."""
     config = world.config(name, init__scratch=True, mesh=MeshConfig(2, 2, 2))
     stage, mesh = get_stage(name), sharding.make_mesh(config.mesh)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     batch = next(pipeline.batches())[0]
     with jax.set_mesh(mesh):
         trainable, frozen = split(initial_params(config, stage, mesh), stage.trainable)

@@ -20,6 +20,7 @@ from hovle_jax.data.pack import best_fit
 from hovle_jax.data.records import Record
 from hovle_jax.data.samples import Tiler
 from hovle_jax.generation.generate import generate as hovle_generate
+from hovle_jax.stages import open_pipeline
 from hovle_jax.tpu import aot
 from tests import small
 
@@ -213,7 +214,7 @@ def test_synthetic_data_has_every_kind(tmp_path):
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, tokens=4096, window=32)
     )
-    pipeline = data.open_pipeline(config, tmp_path / "index")
+    pipeline = open_pipeline(config, index=tmp_path / "index", quiet=True)
     tiles = {s.name: [n[1] for n in map(s.measure, range(len(s)))] for s in pipeline.sources}
     assert set(tiles) == set(packing.KINDS)
     assert set(tiles["caption"]) == {1} and set(tiles["text"]) == {0}
@@ -224,7 +225,7 @@ def test_synthetic_data_has_every_kind(tmp_path):
     assert tokens == (batch["segment_ids"] > 0).sum()
     unpaired = synthetic.bench_config(tmp_path, "distill", unpaired=True, model=model)
     unpaired = dataclasses.replace(unpaired, data=dataclasses.replace(unpaired.data, window=32))
-    first, _ = next(data.open_pipeline(unpaired, tmp_path / "index").batches())
+    first, _ = next(open_pipeline(unpaired, index=tmp_path / "index", quiet=True).batches())
     assert data.contents(first, unpaired.model)[2:4].tolist() == [32, 32]
 
 

@@ -29,7 +29,7 @@ from hovle_jax.data.pipeline import Pipeline
 from hovle_jax.data.samples import Length, Sample, check_tokenizer
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import open_pipeline
 from tests.conftest import write_meta
 
 
@@ -279,15 +279,13 @@ def test_an_exchanged_image_is_noticed(world, tmp_path):
     """The picture has another number of tiles than when it was measured."""
     shutil.copytree(world.root / "images", tmp_path / "images")
     config = world.config("distill", data__images=(str(tmp_path / "images"),))
-    row, tokenizer = get_stage("distill"), Tokenizer.load(config.data.tokenizer)
-    args = (config, row.data, row.token_weights, tokenizer)
-    whole = take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 2)
-    again = take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 2)
+    whole = take(pipeline_of(config, tmp_path / "index").batches(), 2)
+    again = take(pipeline_of(config, tmp_path / "index").batches(), 2)
     assert all(same(a, b) for (a, _), (b, _) in zip(whole, again, strict=True))
     for path in (tmp_path / "images").iterdir():
         Image.new("RGB", (64, 32)).save(path)
     with pytest.raises(UserError, match="image was exchanged; delete the index"):
-        take(Pipeline(*args, index=tmp_path / "index", quiet=True).batches(), 4)
+        take(pipeline_of(config, tmp_path / "index").batches(), 4)
 
 
 def test_stage_1_refuses_what_only_conversations_have(world, tmp_path):
@@ -380,10 +378,8 @@ def with_bad_images(world, tmp_path):
 
 
 def pipeline_of(config, index) -> Pipeline:
-    row, tokenizer = get_stage(config.stage), Tokenizer.load(config.data.tokenizer)
     rejects = index / "rejects.jsonl" if index else None
-    args = config, row.data, row.token_weights, tokenizer
-    return Pipeline(*args, index=index, rejects=rejects, quiet=True)
+    return open_pipeline(config, index=index, rejects=rejects, quiet=True)
 
 
 def samples_of(batches: list) -> list[bytes]:

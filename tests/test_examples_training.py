@@ -28,7 +28,7 @@ from hovle_jax.registry import load_plugins
 from hovle_jax.run.hosts import make_mesh
 from hovle_jax.run.metrics import read_metrics
 from hovle_jax.run.prepare import _check_same_run
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.tpu import aot
 from hovle_jax.train import train
 
@@ -194,7 +194,7 @@ def test_text_in_the_mixture_of_the_next_token_stages(world, tmp_path):
     )
     config = world.config("instruct", data__meta=str(meta))
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, "conversations", "square", tokenizer, quiet=True)
+    pipeline = open_pipeline(config, tokenizer, quiet=True)
     assert pipeline.names == ["colours", "text"]
     sample = pipeline.sources[1].sample(1, 0)
     words = tokenizer.encode_ordinary("white red green blue")

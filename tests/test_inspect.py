@@ -18,7 +18,7 @@ from hovle_jax.data.samples import Sample
 from hovle_jax.data.sources import open_meta
 from hovle_jax.data.tokenizer import IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import open_pipeline
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "preproc"
 IMAGES = json.loads((GOLDEN / "preproc.json").read_text())["images"]
@@ -31,7 +31,7 @@ def tokenizer(world) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pipeline(world, tokenizer) -> Pipeline:
-    return Pipeline(world.config("instruct"), "conversations", "square", tokenizer, quiet=True)
+    return open_pipeline(world.config("instruct"), tokenizer, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +268,8 @@ def test_any_text_is_drawn(tokenizer):
 
 def test_inspect_command(world, tmp_path):
     config = world.config("instruct")
-    stage = get_stage("instruct")
     files = {"png": str(tmp_path / "row.png"), "json_file": str(tmp_path / "row.json")}
-    report = inspect.run_inspect(config, stage.data, stage.token_weights, 2, row=1, **files)
+    report = inspect.run_inspect(config, 2, row=1, **files)
     assert json.loads((tmp_path / "row.json").read_text()) == report
     assert (report["stage"], report["step"], report["row"]) == ("instruct", 2, 1)
     with Image.open(files["png"]) as picture:
@@ -278,8 +277,7 @@ def test_inspect_command(world, tmp_path):
 
 
 def test_stage_1_rows_predict_nothing(world):
-    stage = get_stage("distill")
-    report = inspect.run_inspect(world.config("distill"), stage.data, stage.token_weights, 1)
+    report = inspect.run_inspect(world.config("distill"), 1)
     assert report["predicted"] == 0 and report["problems"] == [] and report["segments"]
 
 
@@ -309,7 +307,7 @@ def test_stats_are_those_of_the_lengths_and_of_the_plan(world, pipeline, tmp_pat
     text = stats.stats_text(report)
     assert f"token fill {plan['token_fill']:.1%}" in text and "colours" in text
     files = {"png": str(tmp_path / "stats.png"), "json_file": str(tmp_path / "stats.json")}
-    assert stats.run_stats(config, "conversations", "square", windows=3, **files) == report
+    assert stats.run_stats(config, windows=3, **files) == report
     assert json.loads((tmp_path / "stats.json").read_text()) == report
     with Image.open(files["png"]) as picture:
         assert picture.width == draw.WIDTH

@@ -14,14 +14,12 @@ from jax.sharding import PartitionSpec as P
 from hovle_jax import lora, model, sharding, train_step
 from hovle_jax.checkpoint import load, open_stored, open_tree
 from hovle_jax.config import LoraConfig, MeshConfig, RunConfig, from_dict, to_dict
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.hf.export import export
 from hovle_jax.hf.writer import ExportOptions
 from hovle_jax.initialize import initial_params, placed
 from hovle_jax.run.metrics import read_metrics
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.tpu import aot
 from hovle_jax.train import train
 from hovle_jax.tree import flatten, merge, split, unflatten
@@ -47,8 +45,7 @@ def run(config, tmp_path_factory):
 
 
 def first_batch(config):
-    stage, tokenizer = get_stage(config.stage), Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     return next(pipeline.batches())[0]
 
 

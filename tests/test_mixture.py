@@ -25,7 +25,7 @@ from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.run.hosts import DataBarrier
 from hovle_jax.run.prepare import open_run
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from tests.conftest import write_meta
 
 
@@ -199,8 +199,7 @@ def three(world, tmp_path_factory):
 def open_three(world, meta, **changes) -> Pipeline:
     settings = {"data__rows": 24, "data__window": 16, "data__meta": str(meta)} | changes
     config = world.config("instruct", **settings)
-    stage, tokenizer = get_stage("instruct"), Tokenizer.load(config.data.tokenizer)
-    return Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    return open_pipeline(config, quiet=True)
 
 
 def take(batches, count: int) -> list:

@@ -19,8 +19,6 @@ from hovle_jax.checkpoint import latest_step, load
 from hovle_jax.cli.main import main
 from hovle_jax.config import MeshConfig
 from hovle_jax.data import inspect
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.run.goodput import split_time
@@ -32,7 +30,7 @@ from hovle_jax.run.replay import compare, replay
 from hovle_jax.run.reporter import peak_shares
 from hovle_jax.run.sinks import open_sinks
 from hovle_jax.sharding import make_mesh
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.tpu import aot, chips
 from hovle_jax.train import train as train_on
 from hovle_jax.train_step import make_loss, trainable_regex
@@ -137,8 +135,7 @@ def test_rows_have_the_documented_columns(whole):
 def test_held_out_losses_are_those_of_the_held_out_records(config, whole, world):
     """All at once, from the last checkpoint, without any of the run's machinery."""
     stage = get_stage("distill")
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     batches = list(pipeline.held_out())
     batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
     assert (batch["segment_ids"].max(axis=1)).sum() == 24 // 4
@@ -157,9 +154,7 @@ def test_held_out_records_take_no_more_memory_than_training(config):
     found, shapes = [], []
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     stage = get_stage(config.stage)
-    pipeline = Pipeline(
-        config, stage.data, stage.token_weights, Tokenizer.load(config.data.tokenizer), quiet=True
-    )
+    pipeline = open_pipeline(config, quiet=True)
     batch = next(pipeline.held_out())
     for accumulate in (1, 4):
         optim = dataclasses.replace(config.optim, accumulate=accumulate)
@@ -224,8 +219,7 @@ def test_a_run_that_blows_up_ends_and_lists_its_records(world, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["skipped"] == 3
     bad = read_metrics(tmp_path / "bad_batches.jsonl")
     assert [row["step"] for row in bad] == [2, 3, 4]
-    stage, tokenizer = get_stage("instruct"), Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     for row in bad:
         assert row["rows"] == [o for _, o in inspect.batch_at(config, pipeline, row["step"])]
 

@@ -13,12 +13,10 @@ import pytest
 from etils import epath
 
 from hovle_jax.checkpoint import cursor_after, load, read_meta, read_rewinds
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.run import goodput
 from hovle_jax.run.metrics import read_metrics
 from hovle_jax.run.replay import replay
-from hovle_jax.stages import STAGES, get_stage
+from hovle_jax.stages import STAGES, get_stage, open_pipeline
 from hovle_jax.train import train
 from hovle_jax.tree import flatten
 
@@ -58,9 +56,7 @@ def test_it_goes_back_once_and_leaves_batches_out(config, whole):
     # What was read and counts for nothing: the batches from the checkpoint to the spike, and the
     # one under way when it was seen, unless a save made the run look at once.
     left_out = row["step"] - row["to"] + (row["step"] % 4 != 0)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    stage = get_stage(config.stage)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     batches = itertools.islice(pipeline.batches(), 26 + left_out)
     cursors = [cursor for _, cursor in batches]
     assert read_meta(epath.Path(whole) / "checkpoints/26")["cursor"] == cursors[-1]

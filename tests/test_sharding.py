@@ -13,13 +13,11 @@ import pytest
 
 from hovle_jax import sharding, train_step
 from hovle_jax.config import MeshConfig
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params, teacher_params
 from hovle_jax.nn import teacher
 from hovle_jax.nn.text_table import look_up
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.tree import flatten, split
 from tests.conftest import TEACHER
 
@@ -39,8 +37,7 @@ def loss_and_gradients(
     config = world.config(stage_name, init__scratch=True, **changes)
     stage = get_stage(stage_name)
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     batch, _ = next(pipeline.batches())
     with jax.set_mesh(mesh):
         params = initial_params(config, stage, mesh)

@@ -19,14 +19,12 @@ from hovle_jax import model, train_step
 from hovle_jax.checkpoint import cursor_before, load, open_stored, save_model
 from hovle_jax.config import to_dict
 from hovle_jax.data import inspect
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params
 from hovle_jax.run.checkpoints import Checkpoints
 from hovle_jax.run.metrics import read_metrics
 from hovle_jax.sharding import make_mesh
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.train import train as train_on
 from hovle_jax.tree import flatten
 from tests.conftest import write_meta
@@ -131,8 +129,7 @@ def test_a_run_goes_on_with_another_mixture_and_reports_every_source(world, stag
         losses = [row[f"source/{n}/loss/next_token"] for n in names]
         assert min(losses) - 1e-4 <= row["loss/next_token"] <= max(losses) + 1e-4
     # The batch of step 5 as `hovle data inspect --workdir` finds it.
-    stage, tokenizer = get_stage("align"), Tokenizer.load(both.data.tokenizer)
-    pipeline = Pipeline(both, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(both, quiet=True)
     start = cursor_before(tmp_path / "run", 5)
     assert start[0] == 3
     batch = inspect.batch_at(both, pipeline, 5, start=start)

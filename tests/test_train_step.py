@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from hovle_jax import sharding, train_step
-from hovle_jax.data.pipeline import Pipeline
-from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.initialize import initial_params
 from hovle_jax.optim import make_optimizer, make_schedule
-from hovle_jax.stages import get_stage
+from hovle_jax.stages import get_stage, open_pipeline
 from hovle_jax.tree import flatten, split
 
 
@@ -24,8 +22,7 @@ def setup(world, count: int, **changes):
     config = world.config("align", init__scratch=True, **changes)
     stage = get_stage("align")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    pipeline = Pipeline(config, stage.data, stage.token_weights, tokenizer, quiet=True)
+    pipeline = open_pipeline(config, quiet=True)
     batches = [b for b, _ in itertools.islice(pipeline.batches(), count)]
     with jax.set_mesh(mesh):
         trainable, frozen = split(initial_params(config, stage, mesh), stage.trainable)

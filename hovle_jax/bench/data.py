@@ -28,7 +28,7 @@ from hovle_jax.data.samples import Tiler, get_template
 from hovle_jax.data.sources import open_images, open_meta
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.stages import STAGES, get_stage
+from hovle_jax.stages import STAGES, get_stage, open_pipeline
 
 PARTS = ("read", "decode", "resize", "tokenise", "plan", "assemble", "batch")
 _SAMPLES = 48  # for the parts: enough for shares within a few hundredths
@@ -40,12 +40,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.thread_time()
     yield
     seconds[name] += time.thread_time() - start
-
-
-def open_pipeline(config: RunConfig, index: Path) -> Pipeline:
-    stage, tokenizer = get_stage(config.stage), Tokenizer.load(config.data.tokenizer)
-    args = (config, stage.data, stage.token_weights, tokenizer)
-    return Pipeline(*args, index=index, quiet=True)
 
 
 def contents(batch: HostBatch, model: ModelConfig) -> np.ndarray:
@@ -205,7 +199,7 @@ def resize_ratios(image_size: int, max_tiles: int, repeats: int = 7) -> list[dic
 
 def measure(config: RunConfig, seconds: float, index: Path) -> dict[str, Any]:
     """Throughput and parts of one run's data."""
-    pipeline = open_pipeline(config, index)
+    pipeline = open_pipeline(config, index=index, quiet=True)
     per_row = parts(config, pipeline)
     total = sum(per_row.values())
     return {

@@ -185,18 +185,12 @@ def _prompt(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _index(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.data import files
-    from hovle_jax.data.pipeline import Pipeline
-    from hovle_jax.data.tokenizer import Tokenizer
-    from hovle_jax.stages import get_stage
+    from hovle_jax.stages import open_pipeline
 
     config = load_config(args.config, rest)
     files.check_local(args.out, "--out")
-    stage = get_stage(config.stage)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
     out = Path(args.out)
-    pipeline = Pipeline(
-        config, stage.data, stage.token_weights, tokenizer, index=out, workers=args.workers
-    )
+    pipeline = open_pipeline(config, index=out, workers=args.workers)
     for source, lengths in zip(pipeline.sources, pipeline.lengths, strict=True):
         print(f"{source.name}: {len(lengths):,} records")
     print(f"use it by --config.data.index={out}")
@@ -207,26 +201,18 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.checkpoint import cursor_before
     from hovle_jax.data import inspect
     from hovle_jax.data.pipeline import START
-    from hovle_jax.stages import get_stage
 
     config = load_config(args.config, rest)
-    stage = get_stage(config.stage)
     start = cursor_before(args.workdir, args.step) if args.workdir else (0, START)
-    report = inspect.run_inspect(
-        config, stage.data, stage.token_weights, args.step, args.row, args.json, args.png, start
-    )
+    report = inspect.run_inspect(config, args.step, args.row, args.json, args.png, start)
     print(inspect.row_text(report))
     return 0
 
 
 def _stats(args: argparse.Namespace, rest: list[str]) -> int:
     from hovle_jax.data import stats
-    from hovle_jax.stages import get_stage
 
     config = load_config(args.config, rest)
-    stage = get_stage(config.stage)
-    report = stats.run_stats(
-        config, stage.data, stage.token_weights, args.windows, args.json, args.png
-    )
+    report = stats.run_stats(config, args.windows, args.json, args.png)
     print(stats.stats_text(report))
     return 0

@@ -25,6 +25,7 @@ from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.output import write_json, writing
+from hovle_jax.stages import open_pipeline
 
 Report = dict[str, Any]
 Origins = Sequence[Report] | None  # of the segments of a row, one each
@@ -370,29 +371,17 @@ def row_text(report: Report) -> str:
 
 def run_inspect(
     config: RunConfig,
-    kind: str,
-    weights: str,
     step: int,
     row: int = 0,
     json_file: str = "",
     png: str = "",
     start: tuple[int, Cursor] = (0, START),
 ) -> Report:
-    """`hovle data inspect`: row `row` of global step `step`; see `row_report` and `batch_at`.
-
-    Args:
-      kind: The stage's data, 'unpaired' or 'conversations'.
-      weights: The stage's token weights.
-    """
-    tokenizer, pipeline = open_pipeline(config, kind, weights)
+    """`hovle data inspect`: row `row` of global step `step`; see `row_report` and `batch_at`."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    pipeline = open_pipeline(config, tokenizer)
     arrays, origins = batch_at(config, pipeline, step, row, start)[0]
     report, chunks = row_report(arrays, tokenizer, config.model.tokens_per_tile, origins)
     report = {"stage": config.stage, "step": step, "row": row, **report}
     title = f"{config.stage}: step {step}, row {row} of 0 to {config.data.rows - 1}"
     return write(report, json_file, png, lambda: draw_row(arrays, report, chunks, title))
-
-
-def open_pipeline(config: RunConfig, kind: str, weights: str) -> tuple[Tokenizer, Pipeline]:
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    index = Path(config.data.index) if config.data.index else None
-    return tokenizer, Pipeline(config, kind, weights, tokenizer, index=index)

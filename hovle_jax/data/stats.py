@@ -7,8 +7,9 @@ from PIL import Image
 
 from hovle_jax.config import DataConfig, RunConfig
 from hovle_jax.data import draw
-from hovle_jax.data.inspect import Report, open_pipeline, write
+from hovle_jax.data.inspect import Report, write
 from hovle_jax.data.pipeline import Pipeline
+from hovle_jax.stages import open_pipeline
 
 # Histograms look at this many records of a source, evenly spread: a table of 500 million lengths
 # on a network disk is not read to draw 40 bars.
@@ -77,11 +78,9 @@ def _spread(values: np.ndarray) -> Report:
     return {**words, "edges": edges.tolist(), "counts": counts}
 
 
-def run_stats(
-    config: RunConfig, kind: str, weights: str, windows: int = 4, json_file: str = "", png: str = ""
-) -> Report:
-    """`hovle data stats`: see `stats_report`; `kind` and `weights` as in `run_inspect`."""
-    report = stats_report(open_pipeline(config, kind, weights)[1], config.data, windows)
+def run_stats(config: RunConfig, windows: int = 4, json_file: str = "", png: str = "") -> Report:
+    """`hovle data stats`: see `stats_report`."""
+    report = stats_report(open_pipeline(config), config.data, windows)
     return write(report, json_file, png, lambda: draw_stats(report))
 
 

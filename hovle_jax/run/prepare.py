@@ -25,7 +25,7 @@ from hovle_jax.optim import make_optimizer
 from hovle_jax.run.checkpoints import Checkpoints
 from hovle_jax.run.guards import ParameterGuard
 from hovle_jax.run.hosts import PATIENCE, DataBarrier, make_mesh
-from hovle_jax.stages import Stage, get_stage
+from hovle_jax.stages import Stage, get_stage, open_pipeline
 from hovle_jax.tpu import aot
 from hovle_jax.train_step import (
     TrainState,
@@ -147,10 +147,8 @@ def open_run(
             if checkpoints.latest() is None:
                 check_order(config, stage)
             state_shapes(config)  # complains of config.optim.groups and config.trainable
-            pipeline = Pipeline(
+            pipeline = open_pipeline(
                 config,
-                stage.data,
-                stage.token_weights,
                 tokenizer,
                 index=Path(config.data.index or workdir / "index"),
                 rejects=workdir / "rejects.jsonl",
