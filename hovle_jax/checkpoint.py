@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hovle_jax import heads, lora, model
+from hovle_jax import heads, lora, model, sharding
 from hovle_jax.config import (
     DataConfig,
     ModelConfig,
@@ -189,7 +189,7 @@ class Stored:
             return kernel
         near = where = kernel.sharding
         if isinstance(where, jax.sharding.NamedSharding):
-            near = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+            near = sharding.replicated(where.mesh)
         wanted = {
             name: jax.ShapeDtypeStruct(self._array(name)[1].shape, np.float32, sharding=near)
             for name in lora.factors(path)

@@ -28,14 +28,10 @@ from hovle_jax.tree import flatten, unflatten
 Params = dict[str, Any]
 
 
-def with_sharding(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
 def placed(config: RunConfig, shapes: Params, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """{path: shape with its sharding} for any subtree of the model."""
     where = flatten(param_shardings(config, shapes, mesh))
-    return {k: with_sharding(x, where[k]) for k, x in flatten(shapes).items()}
+    return {k: sharding.abstract(x, where[k]) for k, x in flatten(shapes).items()}
 
 
 def check_order(config: RunConfig, stage: Stage) -> None:
@@ -133,7 +129,9 @@ def _language_model(stored: Stored, config: RunConfig, wanted: dict[str, Any]) -
                 f"config.init.grow_vocab=True to add {new - old}"
             )
     at_stored_shape = {
-        k: jax.ShapeDtypeStruct(shapes[k].shape, v.dtype, sharding=_replicated(v.sharding))
+        k: jax.ShapeDtypeStruct(
+            shapes[k].shape, v.dtype, sharding=sharding.replicated(v.sharding.mesh)
+        )
         if k in short
         else v
         for k, v in llm.items()
@@ -143,10 +141,6 @@ def _language_model(stored: Stored, config: RunConfig, wanted: dict[str, Any]) -
         rng = jax.random.fold_in(jax.random.key(config.seed), seed)
         found[name] = _grow(found[name], llm[name], axis, rng)
     return found
-
-
-def _replicated(sharding: Any) -> jax.sharding.Sharding:
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
 def _grow(x: jax.Array, want: Any, axis: int, rng: jax.Array) -> jax.Array:
@@ -235,7 +229,8 @@ def check_same_table(
     if _TABLE not in of_llm or re.fullmatch(trainable_regex(run), _TABLE):
         return
     tables = of_llm[_TABLE], of_stored[_TABLE]
-    rows, where = llm.model.text_rows, _replicated(tables[0].sharding)  # grow_vocab made the rest
+    rows = llm.model.text_rows  # grow_vocab made the rest
+    where = sharding.replicated(tables[0].sharding.mesh)
     same = jax.jit(lambda a, b: jnp.all((a == b)[:rows]), out_shardings=where)
     if not bool(same(*tables)):
         raise UserError(
@@ -285,7 +280,7 @@ def _teacher(
     _check_agreement(stored, stored.config, target.config, where, _TEACHER)
     axes = teacher.param_axes(target.config)
     shardings = flatten(sharding.tree_shardings(axes, unflatten(shapes), mesh))
-    found = stored.read({k: with_sharding(x, shardings[k]) for k, x in shapes.items()})
+    found = stored.read({k: sharding.abstract(x, shardings[k]) for k, x in shapes.items()})
     missing = sorted(set(shapes) - set(found))
     if missing:
         raise UserError(f"{key}: {target.path} has no {missing[0]}")

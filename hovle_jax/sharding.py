@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
@@ -161,8 +161,13 @@ def to_device(batch: Mapping[str, Any], where: NamedSharding) -> dict[str, jax.A
     return {k: make(where, np.asarray(v)) for k, v in batch.items()}
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `x`, to lie as `where` says."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def platform() -> str:

@@ -20,7 +20,7 @@ from hovle_jax.data import files
 from hovle_jax.data.pipeline import START, Cursor, Pipeline
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.initialize import check_order, initial_params, placed, teacher_params, with_sharding
+from hovle_jax.initialize import check_order, initial_params, placed, teacher_params
 from hovle_jax.optim import make_optimizer
 from hovle_jax.run.checkpoints import Checkpoints
 from hovle_jax.run.guards import ParameterGuard
@@ -95,7 +95,7 @@ class Run:
 
     def _placed_state(self) -> TrainState:
         where = state_shardings(self.config, self.mesh)
-        return jax.tree.map(with_sharding, state_shapes(self.config), where)
+        return jax.tree.map(sharding.abstract, state_shapes(self.config), where)
 
     def fresh(self, *, write: bool = True) -> tuple[TrainState, Params, Cursor]:
         """From config.init; `write`: keep the frozen parameters in the work directory."""

@@ -99,12 +99,8 @@ def arguments(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
         (teach, teach_shardings),
     )
     place = sharding.batch_sharding(mesh)
-    batch = {k: _abstract(x, place) for k, x in batch_shapes(config).items()}
-    return (*(jax.tree.map(_abstract, shapes, where) for shapes, where in pairs), batch)
-
-
-def _abstract(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    batch = {k: sharding.abstract(x, place) for k, x in batch_shapes(config).items()}
+    return (*(jax.tree.map(sharding.abstract, shapes, where) for shapes, where in pairs), batch)
 
 
 def lower(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
