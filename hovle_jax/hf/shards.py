@@ -69,31 +69,24 @@ def open_shards(directory: str | Path) -> dict[str, Tensor]:
     index, single = directory / INDEX, directory / "model.safetensors"
     if index.is_file() and single.is_file():
         raise UserError(f"{directory}: holds both {single.name} and {INDEX}; delete the stale one")
-    if not index.is_file():
+    listed = _weight_map(index) if index.is_file() else None
+    if listed is not None:
+        files = [directory / name for name in sorted(set(listed.values()))]
+        if missing := [file for file in files if not file.is_file()]:
+            raise UserError(f"{missing[0]}: missing, but {INDEX} lists it")
+    else:
         files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
         if not files:
             raise UserError(f"{directory}: no *.safetensors files")
-        found: dict[str, Tensor] = {}
-        for file in files:
-            here = read_header(file)
-            if twice := sorted(set(here) & set(found)):
-                other = found[twice[0]].file.name
-                raise UserError(f"{file}: {twice[0]} is also in {other}; delete one of them")
-            found |= here
-        return found
-    try:
-        listed = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not a safetensors index ({error!r})") from None
-    found = {}
-    for name in sorted(set(listed.values())):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name}: missing, but {INDEX} lists it")
-        here = read_header(directory / name)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        here = read_header(file)
         if twice := sorted(set(here) & set(found)):
             other = found[twice[0]].file.name
-            raise UserError(f"{directory / name}: {twice[0]} is also in {other}")
+            raise UserError(f"{file}: {twice[0]} is also in {other}; one may hold it")
         found |= here
+    if listed is None:
+        return found
     for name in sorted(set(listed) | set(found)):
         if name not in found:
             raise UserError(
@@ -102,6 +95,14 @@ def open_shards(directory: str | Path) -> dict[str, Tensor]:
         if name not in listed:
             raise UserError(f"{index}: no entry for {name}, which {found[name].file.name} holds")
     return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file name} of an index."""
+    try:
+        return {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error!r})") from None
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
