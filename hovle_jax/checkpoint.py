@@ -44,10 +44,10 @@ from hovle_jax.errors import UserError, one_line
 from hovle_jax.hf import reader
 from hovle_jax.hf.tokens import check_ids
 from hovle_jax.nn import teacher
-from hovle_jax.output import replace_json
+from hovle_jax.output import replace_bytes, replace_json
 from hovle_jax.registry import copy_plugins
 from hovle_jax.run import digests
-from hovle_jax.run.metrics import parse_rows
+from hovle_jax.run.metrics import json_lines, parse_rows
 from hovle_jax.streaming import open_arrays, read_array
 from hovle_jax.tree import flatten, unflatten
 
@@ -423,6 +423,15 @@ def read_rewinds(storage: epath.Path) -> list[dict[str, Any]]:
     checkpoint, "cursor" of the data from there on, "instead_of" the checkpoint's own}."""
     path = storage / REWINDS
     return parse_rows(path.read_text(), str(path)) if path.exists() else []
+
+
+def add_rewind(storage: epath.Path, row: Mapping[str, Any]) -> None:
+    """The file is whole at any time: a store has an object in one piece or not at all."""
+    path, content = storage / REWINDS, json_lines([*read_rewinds(storage), row])
+    if files.is_remote(os.fspath(path)):
+        path.write_bytes(content)
+    else:
+        replace_bytes(path, content)
 
 
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:

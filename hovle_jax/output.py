@@ -38,13 +38,18 @@ def write_json(path: str | Path, body: Any) -> None:
 
 
 def replace_json(path: str | Path, body: Any) -> None:
+    """See `replace_bytes`."""
+    replace_bytes(path, (json.dumps(body, indent=1) + "\n").encode())
+
+
+def replace_bytes(path: str | Path, content: bytes) -> None:
     """By one process, and on the disk when this returns: whoever looks, also after a crash, finds
     the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(body, indent=1) + "\n")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -8,7 +8,7 @@ import json
 import pytest
 from etils import epath
 
-from hovle_jax.checkpoint import REWINDS, read_rewinds
+from hovle_jax.checkpoint import REWINDS, add_rewind, read_rewinds
 from hovle_jax.errors import UserError
 from hovle_jax.run.metrics import MetricLog, Progress, read_metrics
 
@@ -40,6 +40,20 @@ def test_what_follows_a_broken_row_is_not_lost_without_a_sound(tmp_path):
     (tmp_path / REWINDS).write_text('{"step": 1}\n[]\n')
     with pytest.raises(UserError, match="rewinds.jsonl:2: is no row"):
         read_rewinds(epath.Path(tmp_path))
+
+
+def test_a_crash_loses_no_rewind(tmp_path, monkeypatch):
+    def crash(*_) -> None:
+        raise KeyboardInterrupt
+
+    storage = epath.Path(tmp_path)
+    add_rewind(storage, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.fsync", crash)
+        add_rewind(storage, {"step": 2})
+    assert read_rewinds(storage) == [{"step": 1}]
+    add_rewind(storage, {"step": 3})
+    assert read_rewinds(storage) == [{"step": 1}, {"step": 3}]
 
 
 def test_progress_is_one_line_in_a_terminal():

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from hovle_jax.checkpoint import (
-    REWINDS,
+    add_rewind,
     cursor_after,
     finished_steps,
     read_meta,
@@ -190,10 +190,7 @@ class Checkpoints:
             if self._leads:
                 row = {"step": step, "reason": reason, "to": self._begun, "cursor": cursor}
                 row["instead_of"] = read_meta(where)["cursor"]
-                rows = [*read_rewinds(self._storage), row]
-                (self._storage / REWINDS).write_text(
-                    "".join(json.dumps(row) + "\n" for row in rows)
-                )
+                add_rewind(self._storage, row)
         return self.restore(self._begun, shapes)[0]
 
     def close(self) -> None:

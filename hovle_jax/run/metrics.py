@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from hovle_jax.errors import UserError
+from hovle_jax.output import replace_bytes
 
 
 class MetricLog:
@@ -22,10 +22,7 @@ class MetricLog:
         self._file: TextIO | None = None
         if self.path.is_file():
             kept = [r for r in read_metrics(self.path) if r["step"] <= start_step]
-            # Replaced in one piece: a crash in between leaves the old file.
-            fresh = self.path.with_suffix(".tmp")
-            fresh.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(fresh, self.path)
+            replace_bytes(self.path, json_lines(kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -45,6 +42,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a metrics file, none where there is no file; as `parse_rows`."""
     path = Path(path)
     return parse_rows(path.read_text(), str(path)) if path.is_file() else []
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def parse_rows(text: str, where: str) -> list[dict[str, Any]]:
