@@ -347,7 +347,7 @@ def test_run_convert_inputs(tmp_path, capsys):
     [
         ({"shard_bytes": 0}, "shard_bytes must be positive"),
         ({"max_rejects": 2}, "max_rejects must be a fraction"),
-        ({"check": "some"}, "check must be one of none, header, full"),
+        ({"check": "some"}, "check: 'some' is not one of none, header, full"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

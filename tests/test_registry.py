@@ -3,14 +3,18 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hovle_jax.checkpoint import read_config, write_config
 from hovle_jax.config import ModelConfig, from_dict
+from hovle_jax.data.samples import get_template
 from hovle_jax.errors import UserError
 from hovle_jax.losses import DISTANCES
 from hovle_jax.registry import Registry, load_plugins
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_names_are_given_once_and_found():
@@ -31,6 +35,17 @@ def test_a_file_is_loaded_once_and_before_the_rest_of_a_config(tmp_path):
         assert from_dict(ModelConfig, raw, "config.model").plugins == (str(file),)
     assert file.with_suffix(".ran").exists()
     assert from_dict(ModelConfig, {}, "config.model").plugins == ()
+
+
+def test_a_chat_template_of_a_plugin(tmp_path):
+    """The one of docs/extending.md."""
+    text = (DOCS / "extending.md").read_text().partition("## A chat template")[2]
+    file = tmp_path / "template.py"
+    file.write_text("\n".join(x[4:] for x in text.splitlines() if x.startswith("    ")))
+    load_plugins([str(file)])
+    assert get_template("vicuna").user_prefix == "USER: "
+    with pytest.raises(UserError, match=r"data.template: 'vicunna' is not .* mean 'vicuna'"):
+        get_template("vicunna")
 
 
 @pytest.mark.parametrize("name", ["no_such_module_anywhere", "no/such/file.py"])

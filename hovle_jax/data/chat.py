@@ -10,6 +10,7 @@ from hovle_jax.config import IGNORE
 from hovle_jax.data.records import IMAGE_PLACEHOLDER, Turn
 from hovle_jax.data.tokenizer import ADDED_TOKENS, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 from hovle_jax.errors import UserError
+from hovle_jax.registry import Registry
 
 _ADDED_RE = re.compile("(" + "|".join(map(re.escape, ADDED_TOKENS)) + ")")
 
@@ -41,25 +42,24 @@ def _chatml(name: str, system_message: str, separator: str) -> Template:
     )
 
 
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        # The released HoVLE: no newline after <|im_end|>.
-        _chatml(
-            "internlm2-chat",
-            "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
-            "是一个有用无害的人工智能助手。",
-            "<|im_end|>",
-        ),
-        _chatml(
-            "internvl2_5",
-            "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
-            "联合开发的多模态大语言模型。",
-            "<|im_end|>\n",
-        ),
-        _chatml("chatml-plain", "", "<|im_end|>\n"),
-    )
-}
+TEMPLATES: Registry[Template] = Registry("config.data.template")
+for _template in (
+    # The released HoVLE: no newline after <|im_end|>.
+    _chatml(
+        "internlm2-chat",
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+        "是一个有用无害的人工智能助手。",
+        "<|im_end|>",
+    ),
+    _chatml(
+        "internvl2_5",
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+        "联合开发的多模态大语言模型。",
+        "<|im_end|>\n",
+    ),
+    _chatml("chatml-plain", "", "<|im_end|>\n"),
+):
+    TEMPLATES.add(_template.name)(_template)
 
 
 @dataclasses.dataclass(frozen=True)

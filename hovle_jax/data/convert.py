@@ -29,6 +29,7 @@ from hovle_jax.data.sources import MetaEntry, open_meta, open_source
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
+from hovle_jax.typed import check_fraction, one_of
 
 META = "meta.json"
 _CHECKS = ("none", "header", "full")
@@ -157,10 +158,8 @@ def _check_arguments(names: list[str], shard_bytes: int, max_rejects: float, che
             raise UserError(f"two sources are named {name!r}; give names as NAME=INPUT")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes must be positive, got {shard_bytes}")
-    if not 0 <= max_rejects <= 1:
-        raise UserError(f"max_rejects must be a fraction from 0 to 1, got {max_rejects}")
-    if check not in _CHECKS:
-        raise UserError(f"check must be one of {', '.join(_CHECKS)}, got {check!r}")
+    check_fraction("max_rejects", max_rejects)
+    one_of("check", check, _CHECKS)
 
 
 def _check(

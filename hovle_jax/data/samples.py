@@ -62,9 +62,7 @@ class SampleSource(Protocol):
 
 
 def get_template(name: str) -> Template:
-    if name not in TEMPLATES:
-        raise UserError(f"config.data.template: {name!r} is not one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+    return TEMPLATES.find(name)
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:

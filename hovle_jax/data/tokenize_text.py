@@ -35,6 +35,7 @@ from hovle_jax.data.workers import in_order
 from hovle_jax.errors import UserError, one_line
 from hovle_jax.output import replace_json
 from hovle_jax.run.metrics import Progress
+from hovle_jax.typed import check_fraction
 
 
 def tokenize_text(
@@ -78,8 +79,7 @@ def tokenize_text(
     """
     if shard_tokens < 1 or workers < 0:
         raise UserError("shard_tokens must be positive and workers not negative")
-    if not 0 <= max_rejects <= 1:
-        raise UserError(f"max_rejects must be a fraction from 0 to 1, got {max_rejects}")
+    check_fraction("max_rejects", max_rejects)
     files.check_local(out, "OUT_DIR")
     found = text_files.find(inputs, out)
     config = {"inputs": list(inputs), "key": key, "shard_tokens": shard_tokens}

@@ -33,6 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hovle_jax.errors import UserError
 from hovle_jax.nn import flash, tile_attention
 from hovle_jax.sharding import per_shard, platform
+from hovle_jax.typed import one_of
 
 MASKED = -1e30  # finite: a fully masked (padding) query averages values instead of giving NaN
 
@@ -82,9 +83,7 @@ def attend(
 def _resolve(implementation: str) -> str:
     if implementation == "auto":
         return {"tpu": "splash", "cpu": "blocks"}.get(platform(), "xla")
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise UserError(f"model.attention: {implementation!r} is not one of {known}")
+    one_of("model.attention", implementation, ("auto", *IMPLEMENTATIONS))
     return implementation
 
 

@@ -25,14 +25,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 import hovle_jax.nn.linear_attention  # noqa: F401  (registers its type)
 from hovle_jax.config import LayersConfig
-from hovle_jax.errors import UserError
 from hovle_jax.nn.layers import LAYER_TYPES, MLPS, Cache, LayerInputs, RMSNorm, StateArray
 from hovle_jax.nn.quantize import quantize_heads
+from hovle_jax.registry import Registry
 from hovle_jax.sharding import constrain
 
 # What a layer keeps from its forward pass for the backward one; everything else is recomputed.
 _policies = jax.checkpoint_policies
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+REMAT_POLICIES: Registry[Callable[..., bool] | None] = Registry("model.remat")
+for _name, _policy in {
     "none": None,  # keep everything
     "full": _policies.nothing_saveable,
     "attention": _policies.save_only_these_names("attention_out"),
@@ -50,7 +51,8 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
         offload_dst="pinned_host",
     ),
     "dots": _policies.dots_with_no_batch_dims_saveable,
-}
+}.items():
+    REMAT_POLICIES.add(_name)(_policy)
 
 
 class Layer(nn.Module):
@@ -83,12 +85,11 @@ class Layer(nn.Module):
 
 
 def _remat(remat: str) -> Any:
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"model.remat: {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-    if remat == "none":
+    policy = REMAT_POLICIES.find(remat)
+    if policy is None:
         return Layer
     # Inside a scan XLA cannot merge the recomputation with the original anyway.
-    return nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.remat(Layer, policy=policy, prevent_cse=False)
 
 
 class Period(nn.Module):
