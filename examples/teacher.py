@@ -15,7 +15,7 @@ import numpy as np
 
 from hovle_jax.config import TeacherConfig
 from hovle_jax.nn.embedding import normalize_pixels, patchify
-from hovle_jax.nn.teacher import TEACHERS
+from hovle_jax.nn.vit import TEACHERS
 
 TURNS = np.arange(8) * np.pi / 4
 

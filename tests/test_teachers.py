@@ -21,7 +21,7 @@ from hovle_jax.hf import live
 from hovle_jax.hf.importer import import_directory
 from hovle_jax.hf.teachers import _ACTIVATIONS
 from hovle_jax.nn import teacher
-from hovle_jax.nn.vit import _activate
+from hovle_jax.nn.vit import TEACHERS, _activate
 from hovle_jax.run.hosts import make_mesh
 from hovle_jax.tree import flatten
 
@@ -162,7 +162,7 @@ def test_unknown_kinds_and_widths():
 # `pytest -m slow`: each compiles two programs.
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=[pytest.mark.slow] * (k != "dinov3")) for k in teacher.TEACHERS],
+    [pytest.param(k, marks=[pytest.mark.slow] * (k != "dinov3")) for k in TEACHERS],
 )
 def test_every_tower_is_saved_and_is_the_same_on_eight_devices(kind, tmp_path):
     config = dataclasses.replace(

@@ -173,7 +173,7 @@ def _encode(config: RunConfig, tokenizer: Tokenizer, record: Record, counts: lis
     )
 
 
-def resize_ratios(image_size: int, max_tiles: int, repeats: int = 7) -> list[dict[str, Any]]:
+def resize_ratios(image_size: int, max_tiles: int) -> list[dict[str, Any]]:
     """`image.resize` against Pillow's own single call, alternating; medians."""
     rng = np.random.default_rng(0)
     bicubic, report = Image.Resampling.BICUBIC, []
@@ -182,7 +182,7 @@ def resize_ratios(image_size: int, max_tiles: int, repeats: int = 7) -> list[dic
         cols, rows = image_lib.choose_grid(width, height, image_size, 1, max_tiles)
         for to in dict.fromkeys([(image_size, image_size), (cols * image_size, rows * image_size)]):
             runs = []
-            for _ in range(repeats):
+            for _ in range(7):
                 once = {"ours": 0.0, "pillow": 0.0}
                 with timed(once, "ours"):
                     image_lib.resize(picture, *to)

@@ -29,14 +29,12 @@ Rows = list[list[int]]
 KINDS = {"caption": 0.35, "document": 0.30, "several": 0.10, "text": 0.25}
 
 
-def synthetic_lengths(
-    count: int, seed: int, *, only: str = "", tokens_per_tile: int = 256, max_tiles: int = 12
-) -> list[tuple[int, int]]:
+def synthetic_lengths(count: int, seed: int, *, only: str = "") -> list[tuple[int, int]]:
     """(tokens, tiles) of a made-up instruction mixture, or of one of its `KINDS`.
 
-    Captions have one tile and a sentence, documents 5 to `max_tiles` tiles and a thumbnail and some
-    hundred tokens of text, rows of several images share the tile limit, text-only conversations
-    have 30 to 4,000 tokens. Text lengths are log-normal; a chat template takes 31.
+    Captions have one tile and a sentence, documents 5 to 12 tiles and a thumbnail and some hundred
+    tokens of text, rows of several images share the tile limit, text-only conversations have 30 to
+    4,000 tokens. Text lengths are log-normal; a chat template takes 31.
     """
     rng = np.random.default_rng(seed)
 
@@ -46,15 +44,15 @@ def synthetic_lengths(
     def sample(kind: str) -> tuple[int, int]:
         images = {"caption": 1, "document": 1, "several": int(rng.integers(2, 7)), "text": 0}[kind]
         if kind == "document":
-            tiles = int(rng.integers(min(5, max_tiles), max_tiles + 1)) + 1
+            tiles = int(rng.integers(5, 13)) + 1
         elif kind == "several":
-            share = rng.integers(1, max(max_tiles // images, 1) + 1, images)
+            share = rng.integers(1, 12 // images + 1, images)
             tiles = int(np.sum(share + (share > 1)))
         else:
             tiles = images
         words = {"caption": (50, 0.5, 200), "text": (400, 0.9, 4000)}.get(kind, (220, 0.7, 1500))
         # Two brackets per image.
-        return 31 + tiles * tokens_per_tile + 2 * images + text(*words), tiles
+        return 31 + tiles * 256 + 2 * images + text(*words), tiles
 
     kinds = [only] * count if only else rng.choice(list(KINDS), count, p=list(KINDS.values()))
     return [sample(kind) for kind in kinds]

@@ -42,7 +42,7 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 _PEAK_SIDE, _PEAK_TRIES = 1024, 40
 
 
-def workload(stage: str = "instruct") -> RunConfig:
+def workload() -> RunConfig:
     """61.6M released parameters, one row: one 448-pixel tile among 1,100 tokens; float32."""
     layers = LayersConfig(
         num_layers=4,
@@ -67,7 +67,9 @@ def workload(stage: str = "instruct") -> RunConfig:
     )
     target = dataclasses.replace(RunConfig().teacher, out_size=512, dtype="float32")
     data = DataConfig(rows=1, tokens=1100, tiles=1)
-    return RunConfig(stage=stage, model=model, teacher=target, data=data, mesh=MeshConfig(1, 1, 1))
+    return RunConfig(
+        stage="instruct", model=model, teacher=target, data=data, mesh=MeshConfig(1, 1, 1)
+    )
 
 
 def made_up_batch(config: RunConfig) -> dict[str, np.ndarray]:

@@ -198,9 +198,9 @@ def table(reports: Sequence[CaseReport], *, every: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _first(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more
 
 
 def _folded(arrays: Sequence[Comparison]) -> list[Comparison]:

@@ -20,8 +20,6 @@ from hovle_jax.nn import dinov3, internvit, siglip  # noqa: F401  (they register
 from hovle_jax.nn.layers import axis_names
 from hovle_jax.nn.vit import TEACHERS
 
-__all__ = ["TEACHERS", "abstract_params", "apply", "init", "param_axes", "targets"]
-
 
 def init(rng: jax.Array, config: TeacherConfig) -> dict[str, Any]:
     """Random parameters, float32, as a nested dict."""

@@ -299,12 +299,12 @@ def fail(error: BaseException, *, traceback: bool = False) -> None:
     os._exit(1)
 
 
-def _close_the_door(seconds: float = 10) -> None:
-    """Host 0 leaves last if it can: with it goes what the others may still be reading."""
+def _close_the_door() -> None:
+    """Host 0 leaves last if it can in 10 s: with it goes what the others may still be reading."""
     client: Any = distributed.global_state.client
     left = "hovle/left/"
     client.key_value_set(f"{left}{jax.process_index()}", "", allow_overwrite=True)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 10
     while jax.process_index() == 0 and time.monotonic() < deadline:
         if len(client.key_value_dir_get(left)) == jax.process_count():
             return

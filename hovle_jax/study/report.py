@@ -23,13 +23,13 @@ Correct = dict[str, dict[str, list[list[int]]]]  # {task: {arm: per seed, 1 for 
 _COLOUR, _GREY = "#2f5d8a", "#6b7480"
 
 
-def t_quantile(freedom: int, chance: float = 0.95) -> float:
-    """The t with P(|T| < t) = chance, of Student's distribution."""
+def t_quantile(freedom: int) -> float:
+    """The t with P(|T| < t) = 0.95, of Student's distribution."""
     low, high = 0.0, 1e3
     for _ in range(60):
         t = (low + high) / 2
         outside = float(betainc(freedom / 2, 0.5, freedom / (freedom + t * t)))
-        low, high = (t, high) if outside > 1 - chance else (low, t)
+        low, high = (t, high) if outside > 0.05 else (low, t)
     return low
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hovle_jax.tpu.chips import Chip
 from hovle_jax.tpu.hlo import COLLECTIVES, Instruction, Program, Visit, walk
@@ -52,7 +52,6 @@ class Cost:
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
     kernel_seconds: float
-    slowest: tuple[tuple[float, str], ...] = field(repr=False, default=())  # (seconds, name stack)
 
     @property
     def step_seconds(self) -> float:
@@ -79,17 +78,12 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
     of_kernel = {k.name: k.flops / (KERNEL_EFFICIENCY * chip.peak_flops) for k in kernels}
     cycles = {True: 0.0, False: 0.0}
     flops = 0.0
-    slowest: dict[str, float] = {}
     schedule = _Schedule(program)
     collectives: dict[tuple[str, str, str], Collective] = {}
     for visit in visits:
         x = visit.instruction
         if (estimate := _cycles(visit)) > 0:
-            matrix = _holds_product(program, x)
-            cycles[matrix] += estimate
-            where = x.op_name or re.sub(r"[.\d]+$", "", x.name)
-            label = f"{where} [matrix]" if matrix else where
-            slowest[label] = slowest.get(label, 0.0) + estimate
+            cycles[_holds_product(program, x)] += estimate
         if x.op in ("convolution", "dot"):
             flops += product_flops(program, visit) * visit.times
         schedule.pass_by(visit, estimate / chip.clock_hz + of_kernel.get(x.name, 0.0))
@@ -111,9 +105,6 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
         kernels=kernels,
         collectives=tuple(sorted(collectives.values(), key=lambda c: -c.seconds)),
         kernel_seconds=sum(of_kernel.values()),
-        slowest=tuple(
-            (c / chip.clock_hz, name) for name, c in sorted(slowest.items(), key=lambda i: -i[1])
-        ),
     )
 
 
