@@ -106,6 +106,9 @@ def test_bench_packing_writes_its_table(tmp_path, capsys, one_line_error):
     assert report["tiles"] == report["suggested_tiles"] and "token fill" in capsys.readouterr().out
     assert "the longest sample has" in one_line_error([*args, "--tiles=5"])
     assert "--window" in one_line_error([*args, "--window=0"])
+    assert "--only: 'letter' is not one of caption, document" in one_line_error(
+        [*args, "--only=letter"]
+    )
 
 
 @pytest.mark.parametrize("stage", ["distill", "instruct"])

@@ -173,7 +173,6 @@ ORDER = [
     "bench.generate",
     "bench.overhead",
     "cli.common",
-    "cli.hosts",
     "cli.data",
     "cli.bench",
     "cli.checkpoint",

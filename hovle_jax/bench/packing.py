@@ -21,6 +21,7 @@ import numpy as np
 from hovle_jax.data.pack import best_fit
 from hovle_jax.errors import UserError
 from hovle_jax.nn import flash
+from hovle_jax.typed import one_of
 
 Lengths = Sequence[tuple[int, int]]
 Rows = list[list[int]]
@@ -162,6 +163,8 @@ def run_packing(
     for name, value in (("samples", samples), ("tokens", tokens), ("window", window)):
         if value < 1:
             raise UserError(f"--{name}: must be at least 1")
+    if only:
+        one_of("--only", only, tuple(KINDS))
     lengths = synthetic_lengths(samples, seed, only=only)
     suggested = suggest_tiles(lengths, tokens)
     tiles = tiles or suggested

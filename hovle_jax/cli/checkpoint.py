@@ -6,13 +6,12 @@ import argparse
 import functools
 from typing import Any
 
-from hovle_jax.cli.common import add_command, no_more
+from hovle_jax.cli.common import add_command, add_group, no_more
 from hovle_jax.errors import UserError
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Adds the subcommands of `hovle checkpoint` to its parser."""
-    commands = parser.add_subparsers(dest="checkpoint_command", required=True, metavar="COMMAND")
+def add_commands(commands: Any) -> None:
+    commands = add_group(commands, "checkpoint", __doc__)
 
     def add(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
         return add_command(commands, name, functools.partial(_run, run), text, example)

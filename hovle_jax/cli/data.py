@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 from pathlib import Path
+from typing import Any
 
-from hovle_jax.cli.common import add_command, load_config, no_more
+from hovle_jax.cli.common import add_command, add_group, load_config, no_more
 from hovle_jax.output import write_json
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Adds the subcommands of `hovle data` to its parser."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+def add_commands(commands: Any) -> None:
+    commands = add_group(commands, "data", __doc__)
 
     add = functools.partial(add_command, commands)
     convert = add(

@@ -21,8 +21,7 @@ from hovle_jax.cli import data as cli_data
 from hovle_jax.cli import eval as cli_eval
 from hovle_jax.cli import plan as cli_plan
 from hovle_jax.cli import serve as cli_serve
-from hovle_jax.cli.common import UsageError, add_command, load_config, no_more
-from hovle_jax.cli.hosts import add_hosts
+from hovle_jax.cli.common import UsageError, add_command, add_hosts, load_config, no_more
 from hovle_jax.errors import UserError
 from hovle_jax.output import check_place, write_json
 from hovle_jax.run import preemption
@@ -212,25 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", default="", metavar="FILE", help="default: RUN_DIR/plot.png")
     plot.add_argument("--json", default="", metavar="FILE", help="seconds of every phase")
 
-    cli_plan.add_plan(add)
-
-    data = commands.add_parser(
-        "data", help=cli_data.__doc__, description=cli_data.__doc__, allow_abbrev=False
-    )
-    cli_data.add_commands(data)
-
-    bench = commands.add_parser(
-        "bench", help=cli_bench.__doc__, description=cli_bench.__doc__, allow_abbrev=False
-    )
-    cli_bench.add_commands(bench)
-
-    checkpoint = commands.add_parser(
-        "checkpoint",
-        help=cli_checkpoint.__doc__,
-        description=cli_checkpoint.__doc__,
-        allow_abbrev=False,
-    )
-    cli_checkpoint.add_commands(checkpoint)
+    for module in (cli_plan, cli_data, cli_bench, cli_checkpoint):
+        module.add_commands(commands)
 
     imported = add(
         "import",
@@ -295,8 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--live", default="", metavar="HF_DIR", help="run HF_DIR in PyTorch")
 
-    cli_serve.add_commands(commands)
-    cli_eval.add_commands(commands)
+    for module in (cli_serve, cli_eval):
+        module.add_commands(commands)
     return parser
 
 

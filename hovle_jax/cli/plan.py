@@ -8,11 +8,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hovle_jax.cli.common import UsageError, load_config, no_more
+from hovle_jax.cli.common import UsageError, add_command, load_config, no_more
 from hovle_jax.errors import UserError
 from hovle_jax.output import write_json, writing
 
@@ -73,9 +72,9 @@ def _search(config: Any, target: Any) -> tuple[Any, Any, dict[str, Any]]:
     return best.config, best.plan, {"tried": tried}
 
 
-def add_plan(add: Callable[..., Any]) -> None:
-    """`add`: `common.add_command` to the commands of `hovle`."""
-    command = add(
+def add_commands(commands: Any) -> None:
+    command = add_command(
+        commands,
         "plan",
         _plan,
         "Compile a training step for a TPU topology, without a TPU: memory and estimated time.",

@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hovle_jax.cli.common import add_command, no_more
-from hovle_jax.cli.hosts import add_hosts
+from hovle_jax.cli.common import add_command, add_hosts, no_more
 from hovle_jax.errors import UserError
 from hovle_jax.modules import require
 
