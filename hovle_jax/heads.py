@@ -22,21 +22,20 @@ _AXES = {1: ("norm",), 2: ("embed", "mlp")}
 
 def shapes(config: RunConfig) -> dict[str, Any]:
     """Nested dict of shapes, {} for most stages."""
-    make = get_stage(config.stage).heads
-    found = make(config) if make else {}
+    found = get_stage(config.stage).heads(config)
     return unflatten({PREFIX + k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in found.items()})
 
 
 def axes(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """{path: names of its axes}: of a matrix (inputs, outputs), of a vector none is split."""
-    make = get_stage(config.stage).heads
-    return {PREFIX + k: _AXES[len(shape)] for k, shape in (make(config) if make else {}).items()}
+    found = get_stage(config.stage).heads(config)
+    return {PREFIX + k: _AXES[len(shape)] for k, shape in found.items()}
 
 
 def init(rng: jax.Array, config: RunConfig) -> dict[str, jax.Array]:
     """{path: float32}: matrices of variance 1 / inputs, vectors zero."""
-    make, out = get_stage(config.stage).heads, {}
-    for i, (path, shape) in enumerate(sorted((make(config) if make else {}).items())):
+    out = {}
+    for i, (path, shape) in enumerate(sorted(get_stage(config.stage).heads(config).items())):
         std = 1 / math.sqrt(shape[0]) if len(shape) > 1 else 0.0
         out[PREFIX + path] = std * jax.random.normal(jax.random.fold_in(rng, i), shape)
     return out

@@ -1,11 +1,12 @@
-"""Files that are written: where a user names one, and where a crash must not leave half of one."""
+"""What is written: files where a user names one, files that a crash must not halve, a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,21 @@ def replace_bytes(path: str | Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """For a terminal: columns as wide as needed, numbers to the right."""
+    cells = [list(head), *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    right = [all(not isinstance(row[k], str) for row in rows) for k in range(len(head))]
+    lines = []
+    for row in cells:
+        columns = zip(row, widths, right, strict=True)
+        lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in columns).rstrip())
+    return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """Text of unknown origin for a terminal: no escape sequence in it does anything."""
+    odd = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return re.sub(odd, lambda m: m[0].encode("unicode_escape").decode(), text)

@@ -46,7 +46,7 @@ class Stage:
     weights: Callable[[Batch, RunConfig], dict[str, jax.Array]]
     before: tuple[str, ...] = ()  # stages that may start from its result, though not `after` it
     # config -> {path: shape} of what the loss needs and the model does not have (heads.py)
-    heads: Callable[[RunConfig], dict[str, tuple[int, ...]]] | None = None
+    heads: Callable[[RunConfig], dict[str, tuple[int, ...]]] = lambda config: {}
 
     def __post_init__(self) -> None:
         one_of(f"stage {self.name!r}: data", self.data, KINDS)

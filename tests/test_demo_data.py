@@ -233,5 +233,5 @@ def test_report(data, tmp_path):
         assert f"({name}.png)" in markdown
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 500
-    table = R.print_table(results).splitlines()
+    table = R.table(results).splitlines()
     assert len(table) == 2 + 4 and len({len(line) for line in table}) == 1

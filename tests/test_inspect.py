@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hovle_jax import output
 from hovle_jax.config import IGNORE
 from hovle_jax.data import draw, inspect, stats
 from hovle_jax.data.pack import assemble
@@ -257,8 +258,8 @@ def test_any_text_is_drawn(tokenizer):
         no_tiles = np.zeros((0, 4, 4, 3), np.uint8)
         picture = draw.draw_row(text, [text], [(text, [1], 2)], no_tiles, [], [view])
         assert picture.width == draw.WIDTH
-        assert "\x1b" not in draw.plain(text)
-        draw.plain(text).encode()
+        assert "\x1b" not in output.plain(text)
+        output.plain(text).encode()
     ids = [*range(tokenizer.vocab_size + 5)]
     labels = np.full(len(ids), IGNORE)
     drawn = inspect.chunks_of(np.array(ids), labels, tokenizer, 4)

@@ -62,6 +62,11 @@ for _template in (
     TEMPLATES.add(_template.name)(_template)
 
 
+def with_placeholders(text: str, images: int) -> str:
+    """A placeholder per image before the text, unless the text places them itself."""
+    return f"{IMAGE_PLACEHOLDER}\n" * max(images - text.count(IMAGE_PLACEHOLDER), 0) + text
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """A conversation to train on.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -117,24 +116,6 @@ def _clip(text: str, size: int, width: int) -> str:
     while text and text_width(text + "...", size) > width:
         text = text[: len(text) * 7 // 8]
     return text + "..."
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """For a terminal: columns as wide as needed, numbers to the right."""
-    cells = [list(head), *([str(c) for c in row] for row in rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
-    right = [all(not isinstance(row[k], str) for row in rows) for k in range(len(head))]
-    lines = []
-    for row in cells:
-        columns = zip(row, widths, right, strict=True)
-        lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in columns).rstrip())
-    return "\n".join(lines)
-
-
-def plain(text: str) -> str:
-    """Text of unknown origin for a terminal: no escape sequence in it does anything."""
-    odd = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
-    return re.sub(odd, lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 @dataclasses.dataclass(frozen=True)

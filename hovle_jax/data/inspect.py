@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hovle_jax import output
 from hovle_jax.config import IGNORE, DataConfig, ModelConfig, RunConfig
 from hovle_jax.data import draw, image
-from hovle_jax.data.chat import encode_prompt
+from hovle_jax.data.chat import encode_prompt, with_placeholders
 from hovle_jax.data.draw import Chunk, SegmentView
 from hovle_jax.data.pipeline import START, Cursor, HostBatch, Pipeline
-from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
+from hovle_jax.data.records import Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import IMG_CONTEXT, Tokenizer
 from hovle_jax.errors import UserError
@@ -89,7 +90,7 @@ def tile_text(report: Report) -> str:
         (n + 1, f"row {n // cols + 1}, column {n % cols + 1}" if n < grid else "thumbnail", digest)
         for n, digest in enumerate(report["sha256"])
     ]
-    return _tile_title(report) + "\n" + draw.table(("tile", "place", "sha256"), rows)
+    return _tile_title(report) + "\n" + output.table(("tile", "place", "sha256"), rows)
 
 
 def run_tile(
@@ -175,8 +176,7 @@ def prompt_report(
       UserError: an unreadable image, placeholders that do not match, or no user turn at the end.
     """
     if isinstance(turns, str):
-        missing = len(images) - turns.count(IMAGE_PLACEHOLDER)
-        turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * max(missing, 0) + turns),)
+        turns = (Turn("user", with_placeholders(turns, len(images))),)
     tiles = Tiler(model, data, None).counts(Record(tuple(turns), tuple(images), "the prompt"))
     template, size = get_template(data.template), model.tokens_per_tile
     ids = encode_prompt(turns, tiles, tokenizer, template, tokens_per_tile=size, system=data.system)
@@ -189,9 +189,9 @@ def prompt_report(
 
 def prompt_text(report: Report) -> str:
     images = [(n, i["tiles"], i["tokens"]) for n, i in enumerate(report["images"], start=1)]
-    table = draw.table(("image", "tiles", "tokens"), images) + "\n" if images else ""
+    table = output.table(("image", "tiles", "tokens"), images) + "\n" if images else ""
     head = f"{report['template']}: {report['tokens']} tokens\n"
-    return head + table + "\n" + draw.plain(report["prompt"])
+    return head + table + "\n" + output.plain(report["prompt"])
 
 
 def run_prompt(
@@ -360,12 +360,12 @@ def row_text(report: Report) -> str:
         for s in segments
     ]
     head = ("segment", "source", "record", "tokens", "tiles", "predicted", "weight")
-    lines += [draw.table(head, rows)] if rows else []
+    lines += [output.table(head, rows)] if rows else []
     for s in segments:
         text = "".join(
             f"\u27e6{p['text']}\u27e7" if p["predicted"] else p["text"] for p in s["parts"]
         )
-        lines.append(f"\n--- segment {s['segment']}\n{draw.plain(text)}")
+        lines.append(f"\n--- segment {s['segment']}\n{output.plain(text)}")
     return "\n".join(lines)
 
 

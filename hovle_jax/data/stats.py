@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from hovle_jax import output
 from hovle_jax.config import DataConfig, RunConfig
 from hovle_jax.data import draw
 from hovle_jax.data.inspect import Report, write
@@ -106,7 +107,7 @@ def stats_text(report: Report) -> str:
             numbers = [round(s[what][k], 1) for k in ("min", "mean", "median", "p95", "max")]
             rows.append((s["name"], s["records"], what, *numbers))
     head = ("source", "records", "of each", "min", "mean", "median", "p95", "max")
-    return "\n".join([draw.table(head, rows), "", *_stats_words(report)])
+    return "\n".join([output.table(head, rows), "", *_stats_words(report)])
 
 
 def draw_stats(report: Report) -> Image.Image:

@@ -4,7 +4,6 @@ Accuracy means nothing alone, so every number stands beside the same model witho
 with another canvas's image (shuffled), and beside the commonest answer (majority).
 """
 
-import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hovle_jax.output import write_json
 from hovle_jax.run.plot import pyplot
 
 # {question type: {"accuracy", "blind", "shuffled", "majority", "n"}}, one per arm (ablation).
@@ -50,7 +50,7 @@ def _cells(results: Mapping[str, ArmResult]) -> list[list[str]]:
     return rows
 
 
-def print_table(results: Mapping[str, ArmResult]) -> str:
+def table(results: Mapping[str, ArmResult]) -> str:
     """Returns the held-out scores of every arm and question type as aligned plain text."""
     rows = _cells(results)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -242,8 +242,7 @@ def write_report(
     cosine_map: {"images": n >= 1 paths, "before": [n, g, g], "after": [n, g, g]}.
     """
     os.makedirs(out_dir, exist_ok=True)
-    with open(os.path.join(out_dir, "report.json"), "w", encoding="utf-8") as f:
-        json.dump(report, f, indent=2)
+    write_json(os.path.join(out_dir, "report.json"), report)
     with open(os.path.join(out_dir, "report.md"), "w", encoding="utf-8") as f:
         f.write(_markdown(report))
     _plot_curves(os.path.join(out_dir, "curves.png"), curves)

@@ -85,7 +85,7 @@ def run_demo(out: str | Path, *, seed: int = 0, ablations: bool = False) -> dict
     }
     report.write_report(str(out), body, curves=curves, examples=examples, cosine_map=cosines)
     export(out / "full" / "instruct", out / "hf", ExportOptions(), verify=True)
-    print(report.print_table(results))
+    print(report.table(results))
     print(f"\n{minutes:.1f} minutes for stand-ins, training and evaluation of 'full'")
     print(f"Look at it:  {out}/report.md")
     print(f"Talk to it:  hovle chat {out}/full/instruct --image {examples[0]['image']}")

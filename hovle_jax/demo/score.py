@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hovle_jax import distill
-from hovle_jax.config import RunConfig
+from hovle_jax.config import IGNORE, RunConfig
 from hovle_jax.data.image import open_image
 from hovle_jax.data.pack import assemble
 from hovle_jax.data.readers import JsonlConversations
@@ -86,7 +86,7 @@ def cosine_map(
     rows = []
     for path in images:
         pixels = np.asarray(open_image(path, path))[None]
-        sample = Sample(np.array(ids, np.int32), np.full(len(ids), -100, np.int32), pixels)
+        sample = Sample(np.array(ids, np.int32), np.full(len(ids), IGNORE, np.int32), pixels)
         rows.append(
             assemble(
                 [sample],

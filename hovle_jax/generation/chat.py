@@ -9,9 +9,9 @@ from typing import Any
 
 from hovle_jax import checkpoint
 from hovle_jax.config import DataConfig, ModelConfig
-from hovle_jax.data.chat import encode_prompt
+from hovle_jax.data.chat import encode_prompt, with_placeholders
 from hovle_jax.data.image import open_image
-from hovle_jax.data.records import IMAGE_PLACEHOLDER, Record, Turn
+from hovle_jax.data.records import Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
@@ -165,11 +165,6 @@ class Assistant:
             yield text.close()
         finally:
             engine.cancel(number)
-
-
-def with_placeholders(text: str, images: int) -> str:
-    """A placeholder per image before the text, unless the text places them itself."""
-    return f"{IMAGE_PLACEHOLDER}\n" * max(images - text.count(IMAGE_PLACEHOLDER), 0) + text
 
 
 def first_question(prompt: str, images: Sequence[str]) -> Question:

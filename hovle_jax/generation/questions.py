@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from hovle_jax.data.chat import with_placeholders
 from hovle_jax.data.rows import make_record
 from hovle_jax.errors import UserError
-from hovle_jax.generation.chat import Question, with_placeholders
+from hovle_jax.generation.chat import Question
 from hovle_jax.generation.sampling import Sampling
 
 PROMPT_KEYS = ("prompt", "question")

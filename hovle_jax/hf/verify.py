@@ -15,7 +15,7 @@ import numpy as np
 
 from hovle_jax import model, stages
 from hovle_jax.checkpoint import load
-from hovle_jax.config import ModelConfig, RunConfig, TeacherConfig
+from hovle_jax.config import IGNORE, ModelConfig, RunConfig, TeacherConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation.generate import generate
 from hovle_jax.hf import reader
@@ -270,7 +270,7 @@ class Verifier:
 
             return jax.value_and_grad(mean)(params) if with_grad else (mean(params), None)
 
-        plain = (labels != -100).astype(np.float32)
+        plain = (labels != IGNORE).astype(np.float32)
         kinds = {"loss": ("grad", plain)}
         if "in.loss_weight" in z:
             kinds["loss_weighted"] = ("gradw", z["in.loss_weight"].astype(np.float32))

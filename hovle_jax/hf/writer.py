@@ -132,7 +132,7 @@ def write_directory(
             report["checks"] |= check(partial)
         write_json(partial / "verification.json", report)
         text = card.model_card(stored, config, report, options.license)
-        (partial / "README.md").write_text(text)
+        (partial / "README.md").write_text(text, "utf-8")
     return remarks
 
 
@@ -226,12 +226,12 @@ def _write_template(out: Path, template: str, before: str, after: str) -> list[s
     """The chat that the model was trained on, whatever the copied files of an LLM say; remarks."""
     remarks = []
     for name in ("chat_template.jinja", "chat_template.json"):
-        if (out / name).is_file() and (out / name).read_text() != template:
+        if (out / name).is_file() and (out / name).read_text("utf-8") != template:
             remarks += [f"{before}another chat template in {name}:{after}"]
         (out / name).unlink(missing_ok=True)
-    (out / "chat_template.jinja").write_text(template)
+    (out / "chat_template.jinja").write_text(template, "utf-8")
     path = out / "tokenizer_config.json"
-    raw = json.loads(path.read_text()) if path.is_file() else {}
+    raw = json.loads(path.read_bytes()) if path.is_file() else {}
     if raw.get("chat_template", template) != template:
         write_json(path, raw | {"chat_template": template})
         remarks += [f"{before}another chat template in {path.name}:{after}"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from hovle_jax import output
 from hovle_jax.checkpoint import (
     finished_steps,
     open_stored,
@@ -75,15 +76,12 @@ def _row(path: epath.Path, config: RunConfig, why: str, state: str = "finished")
 
 
 def table(found: list[Row]) -> str:
-    lines = [("step", "written (UTC)", "MiB", "samples", "state", "kept")]
+    lines = []
     for row in found:
         samples = "" if row.samples is None else f"{row.samples:,}"
         size = f"{row.size / 2**20:,.1f}"
         lines.append((row.name, row.written, size, samples, row.state, row.kept))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return output.table(("step", "written (UTC)", "MiB", "samples", "state", "kept"), lines)
 
 
 def verify(directory: str, step: int | None = None) -> dict[str, list[str]]:

@@ -7,7 +7,6 @@ made, since arms share all that a seed decides.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from jax.scipy.special import betainc
 
+from hovle_jax.output import write_json
 from hovle_jax.run.plot import pyplot
 from hovle_jax.study.plan import Study
 
@@ -73,8 +73,7 @@ def summary(study: Study, correct: Correct, cpu_seconds: float) -> dict[str, Any
 
 def write(path: Path, body: dict[str, Any]) -> None:
     """As path.json and path.md."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f"{path.name}.json").write_text(json.dumps(body, indent=2) + "\n")
+    write_json(path.with_name(f"{path.name}.json"), body)
     path.with_name(f"{path.name}.md").write_text(markdown(body))
 
 
