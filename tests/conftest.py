@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["XLA_FLAGS"] = (
@@ -15,7 +16,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hovle_jax import model
+from hovle_jax import model, registry
 from hovle_jax.checkpoint import save_model
 from hovle_jax.config import (
     DataConfig,
@@ -50,6 +51,34 @@ def pytest_sessionfinish() -> None:
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     if "hovle-tests-" in cache and "PYTEST_XDIST_WORKER" not in os.environ:  # workers share it
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def _tables() -> Iterator[dict]:
+    """Every registry of the package, and what the registry module remembers of plug-ins."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hovle_jax."):
+            for key, value in list(vars(module).items()):
+                own = module is registry and isinstance(value, dict) and not key.startswith("__")
+                if own or isinstance(value, registry.Registry):
+                    yield value
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_found() -> Iterator[None]:
+    """What a file of tests registers, itself or by plug-ins, is gone after it; so are its compiled
+    programs, of which another file uses few: a process kept gigabytes of them."""
+    modules, found = set(sys.modules), [(table, dict(table)) for table in _tables()]
+    yield
+    jax.clear_caches()
+    for table, contents in found:
+        table.clear()
+        table.update(contents)
+    for name in set(sys.modules) - modules:
+        if name.startswith("hovle_plugin_"):
+            del sys.modules[name]
+    for value in vars(registry).values():  # plug-in files run again
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)
