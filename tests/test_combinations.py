@@ -229,7 +229,7 @@ def scores_of(config: ModelConfig):
         found, cache = model.extend(params, more, counts, cache, config)
         scores.append(found)
         apart = {k: take_apart(cache[k]) for k in decode.STACKS} | {"lengths": cache["lengths"]}
-        params = decode.unstack(params)
+        params = decode.compute_params(params, config)
 
         def step(cache, token):
             found, cache = decode.decode_step(params, token, cache, config)

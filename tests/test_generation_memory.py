@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 
 import jax
@@ -9,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hovle_jax
 from hovle_jax import model
 from hovle_jax.cli.main import main
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
+from hovle_jax.generation import memory
 from hovle_jax.generation.batch import Settings, answer_file
 from hovle_jax.generation.chat import Assistant
-from hovle_jax.generation.decode import STACKS, compute_params, decode_step, restack, unstack
-from hovle_jax.generation.engine import Engine
+from hovle_jax.generation.decode import STACKS, compute_params, decode_step, restack
+from hovle_jax.generation.engine import RESUME_TOKENS, Engine
 from hovle_jax.generation.generate import generate
 from hovle_jax.generation.prefix import PrefixStore, prefix_key, prefix_length
 from hovle_jax.generation.sampling import Sampling
@@ -55,8 +58,7 @@ def test_quantized_numbers_are_half_a_step_away_at_most(axes):
 
 
 def kernels(params) -> dict[str, jax.Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path): x for path, x in leaves if str(path[-1].key) == "kernel"}
+    return {path: x for path, x in flat(params).items() if path.endswith("['kernel']")}
 
 
 def test_int8_weights():
@@ -86,6 +88,7 @@ def test_int8_cache():
     batch = {"input_ids": one.prompt[None], "pixels": one.tiles[None]}
     _, cache = model.prefill(params_of("post"), batch, config, 96)
     step = jax.jit(functools.partial(decode_step, config=config))
+    params = compute_params(params_of("post"), config)
     tokens = np.random.default_rng(1).integers(3, 80, 20).astype(np.int32)
     scores = []
     for int8 in (False, True):
@@ -98,7 +101,7 @@ def test_int8_cache():
         } | {"lengths": cache["lengths"]}
         found = []
         for token in tokens:
-            out, own = step(unstack(params_of("post")), token[None], own)
+            out, own = step(params, token[None], own)
             found.append(np.asarray(out[0]))
         assert own["decoder"][0]["k"].dtype == (jnp.int8 if int8 else jnp.float32)
         scores.append(np.array(found))
@@ -126,6 +129,82 @@ def test_a_cache_in_int8_is_near():
     wide = np.asarray(x, np.float32)
     error = np.abs(np.asarray(dequantize_heads(cache, "k", jnp.float32)) - wide)
     assert (error <= np.abs(wide).max(-1, keepdims=True) / 254 * 1.001).all()
+
+
+# Loading
+
+
+@pytest.fixture
+def most_bytes(monkeypatch):
+    """A function that says how many bytes the first device has held since the test began, at most
+    and now, looked at whenever an array goes onto devices."""
+    device, real, seen = jax.devices()[0], jax.device_put, []
+
+    def held() -> int:
+        # A layer of its own and the whole it is a part of may share a buffer.
+        shards = [s for x in jax.live_arrays() for s in x.addressable_shards if s.device == device]
+        return sum({s.data.unsafe_buffer_pointer(): s.data.nbytes for s in shards}.values())
+
+    def put(*args, **options):
+        out = real(*args, **options)
+        seen.append(held())
+        return out
+
+    gc.collect()
+    before = held()
+    monkeypatch.setattr(jax, "device_put", put)
+    return lambda: (max(seen) - before, held() - before)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_directory_is_loaded_layer_by_layer(release, most_bytes, int8):
+    """Each of two devices never holds more than its part of the model and one array; the arrays
+    are those of the whole model prepared at once."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
+    assistant = Assistant.load(release, int8_weights=int8, mesh=mesh)
+    most, own = most_bytes()
+    layer = assistant.params["decoder"]["layers"][0]
+    assert own < 0.7 * size(assistant.params)  # tables of 309 rows stay whole
+    assert most <= own + 8 * size(layer["mlp"]["up"])  # in float32, and what quantizing makes
+    assert not int8 or layer["mlp"]["up"]["kernel"].dtype == jnp.int8
+    config, params = hovle_jax.load(release)
+    expected = flat(compute_params(params, config, int8=int8, mesh=mesh))
+    got = flat(assistant.params)
+    assert got.keys() == expected.keys()
+    for path, x in got.items():
+        assert x.dtype == expected[path].dtype and x.sharding == expected[path].sharding
+        np.testing.assert_array_equal(x, expected[path], err_msg=path)
+
+
+def flat(params) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): x for path, x in leaves}
+
+
+# What fits
+
+
+@pytest.mark.parametrize("ways", [(1, 1), (2, 2)])
+def test_memory_is_summed_up_before_it_is_taken(monkeypatch, ways):
+    """Weights, their layers once more, slots, kept images: to the byte what lies on a device."""
+    data, tensor = ways
+    devices = jax.devices()[: data * tensor]
+    mesh = make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), devices)
+    options = SHARED | {"mesh": mesh if len(devices) > 1 else None, "prefix_bytes": 2**20}
+    engine = Engine(params_of("pre"), PRE, **options)
+
+    def held(tree) -> int:
+        shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+        return sum(s.data.nbytes for s in shards if s.device == devices[0])
+
+    parts = [engine._params, [engine._params[name]["layers"] for name in STACKS]]
+    parts += [[engine._state.cache[name] for name in STACKS]]
+    total = sum(map(held, parts)) + 2**20 // tensor
+    monkeypatch.setattr(memory, "limit_of", lambda array: total)
+    Engine(params_of("pre"), PRE, **options)
+    monkeypatch.setattr(memory, "limit_of", lambda array: total - 1)
+    with pytest.raises(UserError, match="of each device, which has .*2 slots .* --slots, a short"):
+        Engine(params_of("pre"), PRE, **options)
 
 
 # Prefix reuse
@@ -159,6 +238,34 @@ def test_a_question_about_an_image_read_before(loc):
     assert (engine.prefixes.hits, engine.prefixes.misses) == (3, 2)
     assert run(engine, requests, 1) == expected
     assert (engine.prefixes.hits, engine.prefixes.misses) == (8, 2)
+
+
+def test_much_text_after_an_image_is_prefilled_with_it():
+    """In one prefill however short the prefix: continuing a cache keeps all scores of the rest."""
+    rest = np.random.default_rng(0).integers(3, 80, RESUME_TOKENS + 1)
+    one = about(1, 1)
+    end = prefix_length(one.prompt, PRE.img_context_id)
+    shapes = {}
+    for count in (RESUME_TOKENS, RESUME_TOKENS + 1):
+        prompt = np.concatenate([one.prompt[:end], rest[:count]]).astype(np.int32)
+        engine = Engine(params_of("pre"), PRE, slots=8, capacity=2048, prefix_bytes=2**20)
+        shapes[count] = engine._shape(dataclasses.replace(one, prompt=prompt))
+    assert [(s.tokens, s.rest) for s in shapes.values()] == [(64, RESUME_TOKENS), (640, 0)]
+
+
+def test_both_parts_count_in_the_size_of_a_group(monkeypatch):
+    """Prompts of one prefill are as many as PREFILL_TOKENS hold, their second parts included."""
+    monkeypatch.setattr("hovle_jax.generation.engine.PREFILL_TOKENS", 2 * (128 + 64))
+    groups = []
+    monkeypatch.setattr(
+        Engine, "_fill", lambda self, slots, group, shape: groups.append(len(group))
+    )
+    engine = Engine(params_of("pre"), PRE, **SHARED | {"slots": 8}, prefix_bytes=2**20)
+    for question in range(4):
+        engine.submit(about(1, question))
+    with pytest.raises(TypeError):  # of the stand-in, which reports nothing
+        engine.admit()
+    assert groups == [2]
 
 
 def test_memory_of_prefixes_is_bounded():

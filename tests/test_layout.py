@@ -104,6 +104,7 @@ ORDER = [
     "generation.decode",
     "generation.sampling",
     "generation.slots",
+    "generation.memory",
     "generation.prefix",
     "generation.engine",
     "generation.generate",

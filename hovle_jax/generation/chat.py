@@ -15,7 +15,7 @@ from hovle_jax.data.records import Record, Turn
 from hovle_jax.data.samples import Tiler, check_tokenizer, get_template
 from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
-from hovle_jax.generation.decode import compute_params
+from hovle_jax.generation.decode import compute_params, stored_params
 from hovle_jax.generation.engine import Engine, Request
 from hovle_jax.generation.generate import generate
 from hovle_jax.generation.sampling import Sampling
@@ -80,14 +80,15 @@ class Assistant:
         All of them know their own template and tile limits. int8_weights: matrices take a byte a
         number. mesh: the devices that share the work (`engine.Engine`); default: one.
         """
-        stored, params = checkpoint.load(directory)
+        stored = checkpoint.open_stored(directory)
+        stored.check()
         if "decoder/norm/scale" not in stored.paths or "embedding/vision/position" not in (
             stored.paths
         ):
             raise UserError(f"{directory}: holds no whole model (stage II and later do)")
         tokenizer = Tokenizer.load(stored.tokenizer)
-        data = stored.data or DataConfig()
-        return cls(stored.model, params, tokenizer, data, int8_weights=int8_weights, mesh=mesh)
+        params = stored_params(stored, int8=int8_weights, mesh=mesh)
+        return cls(stored.model, params, tokenizer, stored.data or DataConfig(), mesh=mesh)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -15,35 +15,26 @@ a layer's weights are read in place and its cache is extended in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hovle_jax import model, sharding
+from hovle_jax.checkpoint import Stored
 from hovle_jax.config import ModelConfig
 from hovle_jax.nn.layers import RMSNorm
 from hovle_jax.nn.quantize import quantize_kernels
-from hovle_jax.nn.stack import Layer, places_of, put_together, take_apart
+from hovle_jax.nn.stack import Layer, places_of, put_together
 from hovle_jax.nn.text_table import TextTable
-from hovle_jax.tree import flatten
+from hovle_jax.tree import flatten, unflatten
 
 STACKS = ("embedding", "decoder")
 
 
-def unstack(params: Any) -> Any:
-    """The model's parameters with a tuple of layers in place of stacked ones, or as they are if
-    they have been unstacked before."""
-
-    def layers(name: str) -> Any:
-        stacked = params[name]["layers"]
-        return stacked if isinstance(stacked, tuple) else take_apart(stacked)
-
-    return _replace_layers(params, {name: layers(name) for name in STACKS})
-
-
 def restack(params: Any, config: ModelConfig) -> Any:
-    """What `unstack` was given."""
+    """The model's own parameters, layers stacked, of those that `compute_params` has prepared."""
     together = {name: put_together(c, params[name]["layers"]) for name, c in config.stacks.items()}
     return _replace_layers(params, together)
 
@@ -59,38 +50,79 @@ def compute_params(
     are): layers apart, matrices in the dtype they are computed in, or in int8. Decoding is as fast
     as memory delivers them. With a mesh, split over it as `sharding.RULES` says."""
 
-    def cast(path: Any, x: Any) -> Any:
-        # The other parameters are small, and some are used in float32 first.
-        matrix = str(path[-1].key).endswith(("kernel", "table")) and x.dtype != jnp.int8
-        return x.astype(config.dtype) if matrix and config.dtype != "float32" else x
+    def layer(name: str, i: int) -> Any:
+        layers = params[name]["layers"]
+        if isinstance(layers, tuple):
+            return layers[i]
+        kind, place = _kind_and_place(config, name, i)
+        return jax.tree.map(lambda x: x[place], layers[kind] if kind else layers)
 
-    apart = unstack(params)
-    apart = quantize_kernels(apart) if int8 else apart
-    apart = jax.tree_util.tree_map_with_path(cast, apart)
-    return apart if mesh is None else jax.device_put(apart, _shardings(apart, config, mesh))
+    rest = _replace_layers(params, dict.fromkeys(STACKS, ()))
+    return _prepared(rest, layer, config, int8, mesh)
 
 
-def _shardings(params: Any, config: ModelConfig, mesh: Any) -> Any:
-    axes_of = flatten(model.param_axes(config))
+def stored_params(stored: Stored, *, int8: bool = False, mesh: Any = None) -> Any:
+    """`compute_params` of a model directory, read one layer at a time: devices never hold more than
+    what they keep and one array."""
+    config, paths = stored.model, sorted(stored.paths)
 
-    def sharding_of(path: Any, x: Any) -> Any:
-        keys = [getattr(key, "key", "") for key in path]
-        if "" in keys:  # the number of a layer, which lies in a period of several or in no level
-            place = keys.index("")
-            size = len(config.stacks[keys[0]].period)
-            keys[place : place + 1] = [f"layer_{path[place].idx % size}"] if size > 1 else []
-        axes = axes_of["/".join(keys).removesuffix("_scale")]
-        # Without the axis of stacked layers, and the scales of a matrix without its inputs.
-        own = sharding.spec(axes[len(axes) - x.ndim :], x.shape, mesh)
-        return jax.sharding.NamedSharding(mesh, own)
+    def read(paths: list[str], prefix: str, index: Any) -> Any:
+        pieces = stored.pieces(paths, index)
+        names = (path.removeprefix(prefix) for path in paths)
+        return unflatten(dict(zip(names, pieces, strict=True)))
 
-    return jax.tree_util.tree_map_with_path(sharding_of, params)
+    def layer(name: str, i: int) -> Any:
+        kind, place = _kind_and_place(config, name, i)
+        prefix = "/".join(filter(None, (name, "layers", kind))) + "/"
+        return read([path for path in paths if path.startswith(prefix)], prefix, place)
+
+    stacks = tuple(f"{name}/layers/" for name in STACKS)
+    rest = read([path for path in paths if not path.startswith(stacks)], "", ...)
+    return _prepared(rest, layer, config, int8, mesh)
+
+
+def _kind_and_place(config: ModelConfig, name: str, i: int) -> tuple[str, int]:
+    """Layer i among stacked ones: in which level of them ('': in none), at which place."""
+    size = len(config.stacks[name].period)
+    return (f"layer_{i % size}", i // size) if size > 1 else ("", i)
+
+
+def _prepared(
+    rest: Any, layer: Callable[[str, int], Any], config: ModelConfig, int8: bool, mesh: Any
+) -> Any:
+    """Everything but the layers, and the layers one by one, each made ready before the next."""
+    axes_of = flatten(model.param_axes(config)) if mesh else {}
+
+    def ready(tree: Any, *prefix: str) -> Any:
+        def place(path: Any, x: Any) -> jax.Array:
+            keys = [*filter(None, prefix), *(str(key.key) for key in path)]
+            # The other parameters are small, and some are used in float32 first.
+            matrix = keys[-1] in ("kernel", "table") and x.dtype != jnp.int8
+            if matrix and config.dtype != "float32":
+                x = x.astype(jnp.dtype(config.dtype))  # of what was read, on the host
+            if mesh is None:
+                return jnp.asarray(x)
+            axes = axes_of["/".join(keys).removesuffix("_scale")]
+            # Without the axis of stacked layers, and the scales of a matrix without its inputs.
+            own = sharding.spec(axes[len(axes) - x.ndim :], x.shape, mesh)
+            return jax.device_put(x, jax.sharding.NamedSharding(mesh, own))
+
+        return jax.tree_util.tree_map_with_path(place, quantize_kernels(tree) if int8 else tree)
+
+    layers = {
+        name: tuple(
+            ready(layer(name, i), name, "layers", _kind_and_place(config, name, i)[0])
+            for i in range(own.num_layers)
+        )
+        for name, own in config.stacks.items()
+    }
+    return _replace_layers(ready(rest), layers)
 
 
 def decode_step(
     params: Any, tokens: jax.Array, cache: Any, config: ModelConfig
 ) -> tuple[jax.Array, Any]:
-    """As `model.decode_step`, of unstacked parameters and caches."""
+    """As `model.decode_step`, of parameters and caches of layers apart."""
     lengths = cache["lengths"]
     x: Any = TextTable(config).apply({"params": params["embedding"]["text"]}, tokens[:, None])
     x, embedding = _layers(params, x, cache, config, "embedding")

@@ -19,12 +19,15 @@ from hovle_jax.config import ModelConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation import slots as device
 from hovle_jax.generation.decode import STACKS, compute_params
+from hovle_jax.generation.memory import check_memory
 from hovle_jax.generation.prefix import PrefixStore, prefix_key, prefix_length
 from hovle_jax.generation.sampling import MAX_TOP, Sampling, rows
 from hovle_jax.sharding import batch_ways
 
 BUCKET = 64  # unit of prompt lengths
 PREFILL_TOKENS = 16_384  # most tokens of one prefill, where it has several prompts
+# Most tokens of a prompt's second part: what continues a cache keeps all of its attention scores.
+RESUME_TOKENS = 512
 Best = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
 
 
@@ -84,8 +87,11 @@ class Engine:
 
     int8_cache: keys and values in slots take a byte each. prefix_bytes: memory for the caches of
     prompts up to their last image, so that the next question about it prefills the question only;
-    not where dynamic NTK scaling applies. mesh: slots are split over its batch axes, layers over
-    `tensor`.
+    not where that has more than RESUME_TOKENS, nor where dynamic NTK scaling applies. mesh: slots
+    are split over its batch axes, layers over `tensor`.
+
+    Raises:
+      UserError: slots that devices do not divide; more than a device's memory.
     """
 
     def __init__(
@@ -122,10 +128,11 @@ class Engine:
         self._floor = (floor[0], max(floor[1], tiles) if self._scaled else floor[1])
         self._prefix = prefix_bytes > 0 and not self._scaled
         self.prefixes = PrefixStore(prefix_bytes)
+        places = tuple(self._capacity.items())
         with self._scope():
-            self._state = device.empty(
-                config, slots, stops, tuple(self._capacity.items()), int8_cache
-            )
+            shapes = jax.eval_shape(lambda: device.empty(config, slots, stops, places, int8_cache))
+            check_memory(self._params, config, shapes, prefix_bytes if self._prefix else 0)
+            self._state = device.empty(config, slots, stops, places, int8_cache)
 
     def _scope(self) -> Any:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
@@ -196,7 +203,8 @@ class Engine:
             free = [i for i, slot in enumerate(self._slots) if slot is None]
             shape = self._shape(self._waiting[0][1])
             alike = [entry for entry in self._waiting if self._shape(entry[1]) == shape]
-            group = alike[: self._rows(min(len(alike), len(free)), shape.tokens)]
+            most = self._rows(min(len(alike), len(free)), shape.tokens + shape.rest)
+            group = alike[:most]
             numbers = {number for number, _ in group}
             self._waiting = collections.deque(e for e in self._waiting if e[0] not in numbers)
             with self._scope():
@@ -209,10 +217,12 @@ class Engine:
         return most if most == len(self._slots) else 1 << (most.bit_length() - 1)
 
     def _shape(self, request: Request) -> _Shape:
-        """The prefill that can hold a request."""
+        """The prefill that can hold a request. It depends on the prompt alone, and not on what is
+        kept: an answer is the same to the last bit, found or not."""
         first, rest = len(request.prompt), 0
         if self._prefix and (kept := prefix_length(request.prompt, self._config.img_context_id)):
-            first, rest = kept, bucket(first - kept, BUCKET)
+            left = bucket(first - kept, BUCKET)
+            first, rest = (kept, left) if left <= RESUME_TOKENS else (first, 0)
         tokens = min(max(bucket(first, BUCKET), self._floor[0]), self._capacity["decoder"])
         tiles = max(bucket(len(request.tiles), 1), self._floor[1])
         if self._longer:

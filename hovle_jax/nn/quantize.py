@@ -22,7 +22,7 @@ WIDE = {"q", "k", "v"}  # matrices whose outputs are (head, place in the head)
 
 def quantize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """(values int8, scale float32 without `axes`); numbers along `axes` share a scale."""
-    wide = x.astype(jnp.float32)
+    wide = jnp.asarray(x, jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=True) / 127
     values = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
     return values, jnp.squeeze(scale, axes)
@@ -45,7 +45,7 @@ def dequantize_heads(cache: Mapping[str, jax.Array], name: str, dtype: Any) -> j
 
 
 def quantize_kernels(params: Any, name: str = "") -> Any:
-    """Parameters of layers apart (`decode.unstack`) with every matrix in int8.
+    """Parameters of layers apart (`generation.decode`) with every matrix in int8.
 
     The text table stays: a step reads one row of it for each token.
     """
