@@ -82,6 +82,16 @@ def test_answers_come_in_the_order_of_the_questions(release, expected):
         answerer.answers([("a b", [image], NEW)])
 
 
+def test_what_cannot_be_asked_is_answered_by_nothing(release, expected, capsys):
+    """A broken picture and a prompt too long cost their questions, and no other."""
+    answerer = Answerer(str(release), slots=2, context=1024)
+    asked = [("a b", [], NEW), ("<image>\na", [b"broken"], NEW), ("a " * 2000, [], NEW)]
+    assert answerer.answers([*asked, asked[0]]) == [expected[2], "", "", expected[2]]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: question 2: ")
+    assert second.startswith("error: question 3: ") and "context of 1024" in second
+
+
 def test_lmms_eval_finds_a_model(release, expected, module):
     made = module(
         "lmms_eval_model",

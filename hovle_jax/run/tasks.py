@@ -71,24 +71,32 @@ class Tasks:
         self._tasks[name] = benchmark, examples
 
     def scores(self, params: dict[str, Any], after_step: Callable[[], None]) -> dict[str, Any]:
-        """{"task/NAME": its metric, "task_seconds"}; {} without tasks. `after_step` is called after
+        """{"task/NAME": its metric, "task_failed": questions that could not be asked, which count
+        as answered by nothing, "task_seconds"}; {} without tasks. `after_step` is called after
         every few tokens."""
         if not self._tasks:
             return {}
         begin, run, config = time.monotonic(), self._run, self._run.config
         whole = lora.whole(self._frozen, params, config.lora)
         assistant = Assistant(config.model, whole, run.tokenizer, config.data, mesh=run.mesh)
-        own, row = assistant.tiler, {}
+        row: dict[str, Any] = {}
+        own, failed = assistant.tiler, 0
         for name, (benchmark, examples) in self._tasks.items():
             task = benchmark.definition
             assistant.tiler = PerImageTiler(config.model, own, task.max_tiles)
             tiles, tokens = room(assistant, examples, config.eval_tokens)
             groups = slot_groups(run.mesh)
             engine = assistant.engine(slots=SLOTS_PER_GROUP * groups, context=tokens, tiles=tiles)
-            made = answers(assistant, engine, self._questions(benchmark, examples), after_step)
+            questions = self._questions(benchmark, examples)
+            made, lost = answers(assistant, engine, questions, after_step, self._agree)
+            failed += lost
             rows = scored(benchmark, examples, made)
             row[f"task/{name}"] = task.tally(rows, benchmark.dialect).score()[task.metric]
-        return row | {"task_seconds": time.monotonic() - begin}
+        return row | {"task_failed": failed, "task_seconds": time.monotonic() - begin}
+
+    def _agree(self, reason: str) -> str:
+        """The first reason that a host has: one whose disk lost a picture is not alone."""
+        return next(filter(None, self._run.barrier.gather(reason)), "")
 
     def _questions(self, benchmark: Benchmark, examples: list[Example]) -> Iterator[Asked]:
         task, pictures = benchmark.definition, self._pictures.name
