@@ -172,21 +172,6 @@ def test_cancel():
     assert engine.running == engine.waiting == 0 and engine.step() == []
 
 
-def test_streamed_tokens_are_the_answer():
-    requests = [request(i, i, 12) for i in range(3)]
-    prompts, tiles = [r.prompt for r in requests], [r.tiles for r in requests]
-    streamed: list[list[int]] = [[], [], []]
-    calls = []
-
-    def take(row: int, tokens: list[int]) -> None:
-        streamed[row] += tokens
-        calls.append(row)
-
-    out = generate(params_of("pre"), PRE, prompts, tiles, max_new=12, stop_ids=(), on_tokens=take)
-    assert streamed == out and len(calls) > 3
-    assert out == generate(params_of("pre"), PRE, prompts, tiles, max_new=12, stop_ids=())
-
-
 def test_weights_are_prepared_once():
     """The engine's copy of the weights gives the scores of the model's own cast at use; what was
     prepared is not copied again."""

@@ -119,10 +119,6 @@ def _number(text: str) -> float | None:
         return None
 
 
-def same(answer: str, target: str) -> bool:
-    return answer.strip().lower() == target.strip().lower()
-
-
 def without_punctuation(text: str) -> str:
     """lmms-eval's `ignore_case` and `ignore_punctuation`; spaces count."""
     return text.lower().translate(str.maketrans("", "", string.punctuation))

@@ -20,7 +20,6 @@ MISSING = frozenset(
     ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN")
     + ("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
 )
-_IMAGE_KEYS = ("image", "image_path")
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, str]]]:

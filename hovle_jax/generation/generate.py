@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,6 @@ from hovle_jax.config import ModelConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation.engine import BUCKET, Engine, Request, bucket, slot_groups
 from hovle_jax.generation.sampling import Sampling
-
-STREAM_CHUNK = 8  # tokens of a row between two calls of `on_tokens`
 
 
 def generate(
@@ -24,15 +22,14 @@ def generate(
     max_new: int,
     stop_ids: Sequence[int] | None = None,
     sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
-    on_tokens: Callable[[int, list[int]], None] | None = None,
     mesh: Any = None,
 ) -> list[list[int]]:
     """Answers, without the stop token that ended them; greedy unless `sampling` says otherwise.
 
     prompts: int32 [n_i] each. tiles: uint8 [t_i, H, W, 3] each, in order of appearance (float32
     ones count as normalised). stop_ids: default `<|im_end|>` and the end of text. sampling: of all
-    rows, or one for each. on_tokens: called with a row's index and its new tokens as they come.
-    Rows do not influence each other. mesh: the devices that share the work; default: one.
+    rows, or one for each. Rows do not influence each other. mesh: the devices that share the work;
+    default: one.
     """
     stop = tuple(stop_ids if stop_ids is not None else (config.im_end_id, config.eos_id))
     settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -44,7 +41,7 @@ def generate(
         slots=-(-len(prompts) // slot_groups(mesh)) * slot_groups(mesh),
         capacity=length + max_new,
         tiles=most,
-        chunk=STREAM_CHUNK if on_tokens else max_new,
+        chunk=max_new,
         stops=len(stop),
         floor=(length, most),
         mesh=mesh,
@@ -55,10 +52,7 @@ def generate(
             out[engine.submit(Request(prompt, pixels, max_new, own, stop))] = []
         except UserError as error:
             raise UserError(f"prompt {i}: {error}") from None
-    row = {number: i for i, number in enumerate(out)}
     while engine.waiting or engine.running:
         for progress in engine.step():
             out[progress.number] += progress.tokens
-            if on_tokens and progress.tokens:
-                on_tokens(row[progress.number], progress.tokens)
     return list(out.values())
