@@ -185,6 +185,11 @@ def test_seed_stop_and_logprobs(client):
     cut = ask(client, max_tokens=20, stop=[stop, "never there"])
     assert text_of(cut) == whole[: whole.index(stop)].strip()
     assert cut["choices"][0]["finish_reason"] == "stop"
+    # Nothing of what came in the same step, but after the token that completed the stop string.
+    found = ask(client, max_tokens=20, stop=[stop], logprobs=True)
+    said = [bytes(f["bytes"]) for f in found["choices"][0]["logprobs"]["content"]]
+    assert found["usage"] == cut["usage"] and found["usage"]["completion_tokens"] == len(said)
+    assert stop.encode() in b"".join(said) and stop.encode() not in b"".join(said[:-1])
     found = ask(client, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert len(found) == NEW and all(f["logprob"] <= 0 for f in found)
     assert "".join(f["token"] for f in found).replace(" ", "") in whole.replace(" ", "")

@@ -145,3 +145,30 @@ def test_errors_name_the_file(directory, tokenizer, tmp_path):
         tokenizer_lib.train_tokenizer(LINES, tmp_path, vocab_size=12)
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer({"tokenizer.model": b"x", "added_tokens.json": b"{}"}, "x").encode("a")
+
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_bytes_of_tokens_are_those_of_the_text(dummy_prefix):
+    """With spaces, and a part of a character each where the vocabulary has no piece for it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["the cat sat on a mat and then stopped"] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        add_dummy_prefix=dummy_prefix,
+        normalization_rule_name="identity",
+        minloglevel=3,
+    )
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).GetPieceSize()
+    added = json.dumps({token: size + i for i, token in enumerate(ADDED_TOKENS)}).encode()
+    files = {"tokenizer.model": model.getvalue(), "added_tokens.json": added}
+    tokenizer = Tokenizer(files, "here")
+    ids = tokenizer.encode_ordinary("the cat sat \U0001f642 \u4f60")
+    pieces = [tokenizer.piece_bytes(i) for i in ids]
+    assert b"".join(pieces).decode() == " " * dummy_prefix + "the cat sat \U0001f642 \u4f60"
+    assert pieces[-3:] == [b"\xe4", b"\xbd", b"\xa0"] and b" cat" in pieces
+    assert tokenizer.piece_bytes(tokenizer.id_of(IM_END)) == IM_END.encode()
+    assert tokenizer.piece_bytes(tokenizer.vocab_size) == b""

@@ -206,6 +206,18 @@ class Tokenizer:
                 run.append(i)
         return text + self._sp.DecodeIds(run)
 
+    def piece_bytes(self, i: int) -> bytes:
+        """What one token stands for, its space included: the bytes of a text are those of its
+        tokens. Of added and control tokens their names; b'' of ids that no token has."""
+        if i in self._name_of:
+            return self._name_of[i].encode()
+        if not 0 <= i < self._sp.GetPieceSize():
+            return b""
+        piece: str = self._sp.IdToPiece(i)
+        if self._sp.IsByte(i):
+            return bytes([int(piece[3:-1], 16)])  # <0xE4>
+        return piece.replace("\u2581", " ").encode()
+
 
 def _added_tokens(files: Mapping[str, bytes], where: str) -> dict[str, int]:
     """Merges the added tokens of both JSON files."""

@@ -21,6 +21,7 @@ class TextStream:
         self._given = 0
         self.text = ""  # so far, what is held back included
         self.stopped = False  # at a stop string; more tokens change nothing
+        self.tokens = 0  # so far; of the text with its stop string where it is stopped
 
     def push(self, ids: Sequence[int]) -> str:
         """More tokens: the text that is certain now and was not before."""
@@ -28,15 +29,24 @@ class TextStream:
             return ""
         self._ids += ids
         raw = self._tokenizer.decode(self._ids)
-        ends = [i for i in (raw.find(s) for s in self._stop) if i >= 0]
-        if ends:
-            self.stopped, self.text = True, raw[: min(ends)].strip()
-            return self._give(len(self.text))
+        if any(s in raw for s in self._stop):
+            return self._end()
+        self.tokens = len(self._ids)
         self.text = raw.strip()
         # A stop string may have begun, a character may be incomplete, space may be the last.
         certain = raw.rstrip(REPLACEMENT)
         certain = certain[: len(certain) - max((_begun(certain, s) for s in self._stop), default=0)]
         return self._give(len(certain.strip()))
+
+    def _end(self) -> str:
+        """At the first token that completes a stop string, however many came with it."""
+        ends: list[int] = []
+        while not ends:
+            self.tokens += 1
+            raw = self._tokenizer.decode(self._ids[: self.tokens])
+            ends = [i for i in (raw.find(s) for s in self._stop) if i >= 0]
+        self.stopped, self.text = True, raw[: min(ends)].strip()
+        return self._give(len(self.text))
 
     def close(self) -> str:
         """What was held back; there are no more tokens."""

@@ -220,7 +220,6 @@ class _Server:
 class _Choice:
     text: TextStream
     ticket: int = 0
-    tokens: int = 0
     finish: str = ""
 
 
@@ -251,7 +250,7 @@ class _Job:
 
     @property
     def usage(self) -> dict[str, int]:
-        return usage(self.prompt_tokens, sum(choice.tokens for choice in self.choices))
+        return usage(self.prompt_tokens, sum(choice.text.tokens for choice in self.choices))
 
     def cancel(self) -> None:
         for choice in self.choices:
@@ -271,19 +270,21 @@ class _Job:
             choice = self.choices[i]
             if choice.finish:
                 continue
-            choice.tokens += len(progress.tokens)
+            before = choice.text.tokens
             piece = choice.text.push(progress.tokens)
+            tokens = progress.tokens[: choice.text.tokens - before]  # none after a stop string
             if choice.text.stopped:
                 choice.finish = "stop"
                 self._worker.cancel(choice.ticket)
             elif progress.finish:
                 choice.finish = progress.finish
                 piece += choice.text.close()
-            yield i, piece, logprob_list(progress, lambda token: self._tokenizer.decode([token]))
+            counted = dataclasses.replace(progress, tokens=tokens)
+            yield i, piece, logprob_list(counted, self._tokenizer.piece_bytes)
 
 
 async def _collect(job: _Job, reply: Reply, ask: Ask) -> Response:
-    logprobs: list[Any] = [logprob_list(None, str) for _ in job.choices]
+    logprobs: list[Any] = [logprob_list(None, bytes) for _ in job.choices]
     async for i, _, found in job.events():
         logprobs[i]["content"] += found["content"]
     choices = [

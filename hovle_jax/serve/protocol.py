@@ -243,16 +243,17 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     }
 
 
-def logprob_list(progress: Progress | None, text_of: Callable[[int], str]) -> dict[str, Any]:
-    """Tokens, each as the text it has by itself, with log-probabilities; None: no tokens.
+def logprob_list(progress: Progress | None, bytes_of: Callable[[int], bytes]) -> dict[str, Any]:
+    """Tokens, each as the text and the bytes it has by itself, with log-probabilities; None: no
+    tokens.
 
     Natural ones, of the model's own distribution: temperature, penalty and filters do not change
     them, so that the token that was drawn may be less likely than all of `top_logprobs`.
     """
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = text_of(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        raw = bytes_of(token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
     content: list[dict[str, Any]] = []
     for i, token in enumerate(progress.tokens if progress else ()):
