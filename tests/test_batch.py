@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from hovle_jax.cli.main import main
 from hovle_jax.data.records import Turn
 from hovle_jax.errors import UserError
-from hovle_jax.generation.batch import Settings, answer_file, join, part_of
+from hovle_jax.generation.batch import Settings, answer_file, check_parts, join, make_part, part_of
 from hovle_jax.generation.chat import Assistant, Question
 from hovle_jax.generation.text_stream import TextStream
 from tests.test_hosts import free_port
@@ -140,6 +141,15 @@ def test_another_input_is_refused(release, tmp_path, one_line_error):
     assert main(argv) == 0
     write(source, [{"prompt": "a"}, {"prompt": "c"}])
     assert "out.jsonl:2: answers another row than" in one_line_error(argv)
+    other = one_line_error([*argv, "--temperature", "0.5"])
+    assert (
+        "out.jsonl.settings.json: the answers there were made with temperature 0.0, not 0." in other
+    )
+    assert "with stop [], not ['x']; give the same" in one_line_error([*argv, "--stop", "x"])
+    settings = tmp_path / "out.jsonl.settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"weights": "0"}))
+    assert "were made with weights '0', not '" in one_line_error(argv)
+    settings.unlink()
     write(source, [{"prompt": "a"}])
     assert "out.jsonl:2: answers another row than" in one_line_error(argv)
     target.write_text("no json\n")
@@ -156,6 +166,56 @@ def test_status_is_1_when_rows_failed(release, tmp_path, capsys):
     assert main([*argv, "--max-new-tokens", "2", *SHAPES]) == 1
     said = capsys.readouterr()
     assert said.out.endswith("o: 2 rows, 1 of them errors\n") and said.err.count("\n") == 1
+    assert main([*argv, "--max-new-tokens", "2", *SHAPES]) == 1
+    assert capsys.readouterr().out.endswith("o: 0 rows (2 were there), 1 of them errors\n")
+    assert main([*argv, "--max-new-tokens", "2", *SHAPES, "--retry-errors"]) == 1
+    assert capsys.readouterr().out.endswith("o: 1 rows (1 were there), 1 of them errors\n")
+
+
+def test_errors_are_answered_again_in_their_places(assistant, release, tmp_path):
+    """Also after a kill in the middle of that; the file is in the end what it would have been."""
+    rows = [{"prompt": "a"}, {"prompt": "b", "image": "later.png"}, {"prompt": "c"}]
+    source = write(tmp_path / "in.jsonl", [*rows, {"prompt": "d", "image": "never.png"}])
+    target, aside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.before"
+    engine = assistant.engine(slots=2, context=1024)
+
+    def again(**options):
+        found = answer_file(assistant, engine, str(source), str(target), Settings(NEW), **options)
+        assert not aside.exists()
+        return found
+
+    assert again() == (0, 4, 2) and again() == (4, 0, 2)
+    old = target.read_bytes()
+    shutil.copy(release.parent / "image.png", tmp_path / "later.png")
+    assert again() == (4, 0, 2)
+    assert again(retry=True) == (2, 2, 1)
+    whole = target.read_bytes()
+    run(assistant, source, tmp_path / "fresh.jsonl")
+    assert whole == (tmp_path / "fresh.jsonl").read_bytes() and old != whole
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for lines, cut in ((0, 0), (0, 10), (1, ends[0]), (2, ends[1] + 3), (4, ends[3])):
+        aside.write_bytes(old)
+        target.write_bytes(whole[:cut])
+        before, now, errors = again()
+        assert (before >= lines, before + now, errors) == (True, 4, 1)
+        assert target.read_bytes() == whole
+
+
+def test_places_that_cannot_be(release, tmp_path, monkeypatch, one_line_error):
+    """No directory 'gs:' is made; parts that a host does not see are missed before the work."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    argv = ["generate", str(release), "--input", "in.jsonl", "--output", "gs://bucket/out.jsonl"]
+    assert one_line_error(argv).startswith("error: --output: gs://bucket/out.jsonl must be local")
+    argv[3] = "gs://bucket/in.jsonl"
+    assert one_line_error(argv).startswith("error: --input: gs://bucket/in.jsonl must be local")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    make_part("d/out.jsonl.0-of-2")
+    with pytest.raises(UserError, match=r"--output must be seen by all hosts: d/out.jsonl.1-of-2"):
+        check_parts("d/out.jsonl", 2)
+    make_part("d/out.jsonl.1-of-2")
+    check_parts("d/out.jsonl", 2)
+    assert part_of("d/out.jsonl", 0, 3) == "d/out.jsonl.0-of-3"  # empty ones hold nobody up
 
 
 @pytest.mark.slow  # three processes that load and compile; run with `pytest -m slow`
@@ -210,10 +270,13 @@ def test_two_hosts_answer_a_file(release, tmp_path):
     argv = ["generate", str(release), "--input", str(source), "--max-new-tokens", str(NEW), *SHAPES]
     assert main([*argv, "--output", str(tmp_path / "whole.jsonl")]) == 0
 
-    def start() -> list[int]:
+    def start(output: str = str(target), *where: Path) -> list[int]:
         join = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
-        command = [sys.executable, "-m", "hovle_jax.cli", *argv, "--output", str(target), *join]
-        started = [subprocess.Popen([*command, f"--process={i}"]) for i in range(2)]
+        command = [sys.executable, "-m", "hovle_jax.cli", *argv, "--output", output, *join]
+        started = [
+            subprocess.Popen([*command, f"--process={i}"], cwd=(where or (None, None))[i])
+            for i in range(2)
+        ]
         try:
             return [process.wait(300) for process in started]
         finally:
@@ -222,7 +285,11 @@ def test_two_hosts_answer_a_file(release, tmp_path):
 
     assert start() == [0, 0]
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert start() == [0, 0] and len(list(tmp_path.iterdir())) == 3
+    assert start() == [0, 0] and len(list(tmp_path.iterdir())) == 5  # two with their settings
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    for disk in disks:
+        disk.mkdir()
+    assert start("out.jsonl", *disks) == [1, 1]  # they see their own parts only
 
 
 # Text as it comes
@@ -246,6 +313,8 @@ def test_pieces_are_the_text(assistant, text, size, stop):
     pieces.append(stream.close())
     assert "".join(pieces) == stream.text == raw[: min(ends, default=len(raw))].strip()
     assert stream.stopped == bool(ends)
+    counts = (n for n in range(len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stop))
+    assert stream.tokens == next(counts, len(ids))
     if ends:
         assert stream.push(ids) == "" and stream.close() == ""
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,9 +362,15 @@ def test_a_benchmark_from_file_to_table(release, tmp_path, capsys, one_line_erro
         assert main(argv) == 0
         assert {name: (own / name).read_bytes() for name in files} == whole
 
+    assert "with int8_kv None, not True; give the same, or a new --out" in one_line_error(
+        [*argv, "--int8-kv"]
+    )
+    assert "--mesh 9x1 needs 9 devices" in one_line_error([*argv, "--mesh=9x1"])
+    for flag in ("--out", "--data", "--images"):
+        assert f"{flag}: gs://b/x must be local" in one_line_error([*argv, flag, "gs://b/x"])
     settings = json.loads((own / "settings.json").read_text())
     (own / "settings.json").write_text(json.dumps(settings | {"weights": "0"}))
-    assert "are of another model or other weights; give a new --out" in one_line_error(argv)
+    assert "were made with weights '0', not " in one_line_error(argv)
 
 
 def test_tiles_follow_the_task(release, tmp_path):
@@ -385,6 +392,10 @@ def test_failed_rows_count_as_wrong_and_are_counted(release, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "mme" / "internvl" / "results.json").read_text())
     assert (found["failed"], found["rows"], found["value"]) == (2, 2, 0)
     assert "| 2, 2 failed |" in capsys.readouterr().out
+    [picture] = (tmp_path / "out" / "mme" / "images").iterdir()
+    shutil.copy(release.parent / "image.png", picture)  # the same command asks again
+    assert main(arguments(release, data, tmp_path / "out")) == 0
+    assert "failed" not in (tmp_path / "out" / "results.md").read_text()
 
 
 PREDICTIONS = {

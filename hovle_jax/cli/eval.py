@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hovle_jax.cli.common import add_command, no_more
+from hovle_jax.cli.serve import add_engine, engine_options, load
+from hovle_jax.data.files import check_local
 from hovle_jax.errors import UserError
 from hovle_jax.output import write_json
 
@@ -39,8 +41,7 @@ def add_commands(commands: Any) -> None:
         help="whose prompts and metric: vlmevalkit (default), lmms-eval or internvl",
     )
     command.add_argument("--out", default="runs/eval", metavar="DIR", help="answers and results")
-    command.add_argument("--slots", type=int, default=8, help="questions answered at a time")
-    command.add_argument("--context", type=int, default=0, help="tokens; default: what they need")
+    add_engine(command, context=0)
     command.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     command.add_argument("--json", default="", metavar="FILE", help="a copy of results.json")
@@ -56,6 +57,10 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     for name, least in (("slots", 1), ("resamples", 1), ("context", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be {least} or more")
+    for flag in ("data", "answers", "images", "out"):
+        given = getattr(args, flag)
+        for path in given if isinstance(given, list) else [given]:
+            check_local(path, f"--{flag}")
     check(args.task, args.dialect)
     run = Run(
         args.task,
@@ -75,7 +80,10 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"{empty} rows without an image are left out", file=sys.stderr)
     predictions = args.predictions
     if model:
-        path, _ = answer(run, model, examples, slots=args.slots, context=args.context)
+        assistant, options = load(args, model), engine_options(args)
+        path, _ = answer(
+            run, model, assistant, examples, slots=args.slots, context=args.context, **options
+        )
         predictions = str(path)
     found = score(run, examples, predictions)
     if found is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from hovle_jax.cli.common import add_command, add_hosts, no_more
+from hovle_jax.data.files import check_local
 from hovle_jax.errors import UserError
 from hovle_jax.modules import require
 
+CONTEXT = 8192
 PREFIX_MIB = 1024
 PATIENCE = 14 * 86400.0  # seconds that a host waits for the answers of the others
 
@@ -46,8 +49,11 @@ def add_commands(commands: Any) -> None:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable"
     )
+    generate.add_argument(
+        "--retry-errors", action="store_true", help="answer rows again that failed before"
+    )
     add_hosts(generate)
-    _add_engine(generate)
+    add_engine(generate)
 
     serve = add_command(
         commands,
@@ -61,7 +67,7 @@ def add_commands(commands: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
     serve.add_argument("--port", type=int, default=8000, help="where it listens")
     serve.add_argument("--name", default="", help="of the model; default: the directory's")
-    _add_engine(serve)
+    add_engine(serve)
     serve.add_argument("--queue", type=int, default=64, help="answers waiting or running; then 429")
     serve.add_argument("--timeout", type=float, default=600.0, help="seconds of an answer")
     serve.add_argument("--drain", type=int, default=30, help="seconds to finish after SIGTERM")
@@ -80,10 +86,14 @@ def add_commands(commands: Any) -> None:
         _add_sampling(command)
 
 
-def _add_engine(command: argparse.ArgumentParser) -> None:
+def add_engine(command: argparse.ArgumentParser, *, context: int = CONTEXT) -> None:
+    """The flags that `load` and `engine_options` read; `context` 0: the command finds out."""
     command.add_argument("--slots", type=int, default=8, help="requests answered at a time")
     command.add_argument(
-        "--context", type=int, default=8192, help="most tokens of a prompt and its answer"
+        "--context",
+        type=int,
+        default=context,
+        help="most tokens of a prompt and its answer" + ("" if context else "; 0: what they need"),
     )
     command.add_argument("--int8-weights", action="store_true", help="half of bfloat16's bytes")
     command.add_argument("--int8-kv", action="store_true", help="the same for the cache")
@@ -132,8 +142,8 @@ def _at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
 
 
-def _load(args: argparse.Namespace) -> Any:
-    """The model directory as an Assistant on the devices that are asked for."""
+def load(args: argparse.Namespace, model_dir: str) -> Any:
+    """A model directory as an Assistant on the devices that are asked for."""
     import jax
 
     from hovle_jax.config import MeshConfig
@@ -150,11 +160,11 @@ def _load(args: argparse.Namespace) -> Any:
     mesh = None
     if data * tensor > 1:
         mesh = make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), devices[: data * tensor])
-    return Assistant.load(args.model_dir, int8_weights=args.int8_weights, mesh=mesh)
+    return Assistant.load(model_dir, int8_weights=args.int8_weights, mesh=mesh)
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of the engine."""
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of `Assistant.engine`, but for slots, context and tiles."""
     if args.prefix_mib < 0:
         raise UserError("--prefix-mib must be 0 or more")
     return {"int8_cache": args.int8_kv, "prefix_bytes": args.prefix_mib * 2**20}
@@ -180,33 +190,54 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> int:
     no_more("generate", rest)
     import jax
 
-    from hovle_jax.generation.batch import Settings, answer_file, join, part_of
+    from hovle_jax.generation import batch
     from hovle_jax.run import hosts
 
     _at_least_one(args, "max_new_tokens", "slots", "context")
-    settings = Settings(args.max_new_tokens, _sampling(args), tuple(filter(None, args.stop)))
+    check_local(args.input, "--input")
+    check_local(args.output, "--output")
+    settings = batch.Settings(args.max_new_tokens, _sampling(args), tuple(filter(None, args.stop)))
     hosts.connect(
         args.coordinator, args.processes, args.process, args.start_timeout, args.dead_after
     )
-    share = jax.process_index(), jax.process_count()
+    host, count = share = jax.process_index(), jax.process_count()
     try:
         barrier = hosts.DataBarrier(PATIENCE)
         with barrier.together():
-            target = part_of(args.output, *share)
+            target = batch.part_of(args.output, *share)
+            if target != args.output:
+                batch.make_part(target)
         if target == args.output:  # alone, or what all have written is there
             share = 0, 1
-            if jax.process_index():
+            if host:
                 return 0
-        assistant = _load(args)
-        engine = assistant.engine(slots=args.slots, context=args.context, **_options(args))
-        before, now, errors = answer_file(assistant, engine, args.input, target, settings, share)
+        else:
+            with barrier.together():
+                if host == 0:
+                    batch.check_parts(args.output, count)
+        assistant = load(args, args.model_dir)
+        made_with = dataclasses.asdict(settings)
+        made_with |= made_with.pop("sampling") | {
+            "weights": batch.fingerprint(assistant.params),
+            "int8_weights": args.int8_weights,
+            "int8_kv": args.int8_kv,
+        }
+        if share[1] > 1:
+            barrier.agree(made_with)
+        with barrier.together() if share[1] > 1 else contextlib.nullcontext():
+            if host == 0:
+                batch.check_settings(args.output, count, made_with)
+        engine = assistant.engine(slots=args.slots, context=args.context, **engine_options(args))
+        before, now, errors = batch.answer_file(
+            assistant, engine, args.input, target, settings, share, args.retry_errors
+        )
         was = f" ({before} were there)" if before else ""
         print(f"{target}: {now} rows{was}, {errors} of them errors")
         if share[1] > 1:
             errors = sum(map(int, barrier.gather(str(errors))))
-            if share[0] == 0:
-                join(args.output, share[1])
-                print(f"{args.output}: the rows of {share[1]} hosts")
+            if host == 0:
+                batch.join(args.output, count)
+                print(f"{args.output}: the rows of {count} hosts")
     except Exception as error:
         hosts.fail(error)
         raise
@@ -232,9 +263,9 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> int:
         seconds=args.timeout,
         images_first=args.images_first,
     )
-    assistant = _load(args)
+    assistant = load(args, args.model_dir)
     engine = assistant.engine(
-        slots=args.slots, context=args.context, tiles=args.max_tiles, **_options(args)
+        slots=args.slots, context=args.context, tiles=args.max_tiles, **engine_options(args)
     )
     name = args.name or Path(args.model_dir).resolve().name
     key = os.environ.get("HOVLE_API_KEY", "")

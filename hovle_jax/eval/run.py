@@ -15,13 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
 
 from hovle_jax.errors import UserError
 from hovle_jax.eval.examples import Example, ImageStore
@@ -32,7 +28,7 @@ from hovle_jax.eval.report import results, write_table
 from hovle_jax.eval.tally import Scored
 from hovle_jax.eval.tasks import TASKS, Task
 from hovle_jax.eval.tsv import read_tsv
-from hovle_jax.generation.batch import Settings, answer_file
+from hovle_jax.generation.batch import Settings, answer_file, fingerprint, same_settings
 from hovle_jax.generation.chat import Assistant, PerImageTiler
 
 TEXT_TOKENS = 1024  # left for question and template in the default context
@@ -107,21 +103,38 @@ def write_questions(run: Run, examples: Sequence[Example]) -> Path:
 
 
 def answer(
-    run: Run, model: str, examples: Sequence[Example], *, slots: int, context: int
+    run: Run,
+    model: str,
+    assistant: Assistant,
+    examples: Sequence[Example],
+    *,
+    slots: int,
+    context: int,
+    **options: Any,
 ) -> tuple[Path, int]:
-    """(the file of answers, how many of them are new): `hovle generate` with the task's tiles.
+    """(the file of answers, how many of them are new): `hovle generate` with the task's tiles. What
+    failed before is asked again: pictures may be there now, or the context be longer.
 
-    context: most tokens of a prompt and its answer; 0 for what these examples can need.
+    assistant: of the directory `model`; its tile limit becomes the task's. context: most tokens of
+    a prompt and its answer; 0 for what these examples can need. options: as of `Engine`.
     """
     questions = write_questions(run, examples)
-    assistant = Assistant.load(model)
     assistant.tiler = PerImageTiler(assistant.config, assistant.tiler, run.definition.max_tiles)
-    _same_settings(run, model, assistant)
+    target = run.directory / "answers.jsonl"
+    settings = {
+        "model": str(Path(model).absolute()),
+        "weights": fingerprint(assistant.params),
+        "max_tiles": run.definition.max_tiles,
+    }
+    if options.get("int8_cache"):
+        settings["int8_kv"] = True
+    same_settings(run.directory / "settings.json", settings, target.exists(), "--out")
     new = run.definition.new_tokens[run.dialect]
     tiles, need = room(assistant, examples, new)
-    engine = assistant.engine(slots=slots, context=context or need, tiles=tiles)
-    target = run.directory / "answers.jsonl"
-    _, done, _ = answer_file(assistant, engine, str(questions), str(target), Settings(new))
+    engine = assistant.engine(slots=slots, context=context or need, tiles=tiles, **options)
+    _, done, _ = answer_file(
+        assistant, engine, str(questions), str(target), Settings(new), retry=True
+    )
     return target, done
 
 
@@ -139,31 +152,6 @@ def scored(run: Run, examples: Sequence[Example], answers: Iterable[str]) -> lis
         Scored(example, text, *reading(example, text))
         for example, text in zip(examples, answers, strict=True)
     ]
-
-
-def _same_settings(run: Run, model: str, assistant: Assistant) -> None:
-    """Answers of one file are of one model: a checkpoint that has moved on is another one."""
-    settings = {
-        "model": str(Path(model).absolute()),
-        "weights": fingerprint(assistant.params),
-        "max_tiles": run.definition.max_tiles,
-    }
-    path = run.directory / "settings.json"
-    if path.exists() and (run.directory / "answers.jsonl").exists():
-        if json.loads(path.read_text()) != settings:
-            raise UserError(
-                f"{path}: the answers there are of another model or other weights; give a new --out"
-            )
-    else:
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def fingerprint(params: Any) -> str:
-    """A checksum of the first thousand numbers of every array."""
-    crc = 0
-    for leaf in jax.tree.leaves(params):
-        crc = zlib.crc32(np.asarray(leaf.reshape(-1)[:1000]).tobytes(), crc)
-    return f"{crc:08x}"
 
 
 def score(run: Run, examples: Sequence[Example], predictions: str) -> dict[str, Any] | None:
