@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import hovle_jax
-from hovle_jax import model
+from hovle_jax import checkpoint, model
 from hovle_jax.cli.main import main
 from hovle_jax.config import MeshConfig
 from hovle_jax.errors import UserError
 from hovle_jax.generation import memory
 from hovle_jax.generation.batch import Settings, answer_file
 from hovle_jax.generation.chat import Assistant
-from hovle_jax.generation.decode import STACKS, compute_params, decode_step, restack
+from hovle_jax.generation.decode import STACKS, compute_params, decode_step, restack, stored_params
 from hovle_jax.generation.engine import RESUME_TOKENS, Engine
 from hovle_jax.generation.generate import generate
 from hovle_jax.generation.prefix import PrefixStore, prefix_key, prefix_length
@@ -173,6 +174,23 @@ def test_a_directory_is_loaded_layer_by_layer(release, most_bytes, int8):
     assert got.keys() == expected.keys()
     for path, x in got.items():
         assert x.dtype == expected[path].dtype and x.sharding == expected[path].sharding
+        np.testing.assert_array_equal(x, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_layers_of_several_types_are_loaded_each_from_its_place(tmp_path, int8):
+    types = ("linear_attention", "attention")
+    layers = dataclasses.replace(PRE.decoder, num_layers=4, layer_types=types)
+    config = dataclasses.replace(PRE, decoder=layers, dtype="bfloat16")
+    params = model.init(jax.random.key(0), config)
+    checkpoint.save_model(tmp_path, config, params)
+    tree = checkpoint.open_tree(epath.Path(tmp_path / "params"))
+    stored = checkpoint.Stored(str(tmp_path), config, None, trees=(tree,))
+    got = flat(stored_params(stored, int8=int8))
+    expected = flat(compute_params(params, config, int8=int8))
+    assert got.keys() == expected.keys()
+    for path, x in got.items():
+        assert x.dtype == expected[path].dtype
         np.testing.assert_array_equal(x, expected[path], err_msg=path)
 
 
