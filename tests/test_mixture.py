@@ -25,7 +25,7 @@ from hovle_jax.data.tokenizer import Tokenizer
 from hovle_jax.errors import UserError
 from hovle_jax.run.hosts import DataBarrier
 from hovle_jax.run.prepare import open_run
-from hovle_jax.stages import get_stage, open_pipeline
+from hovle_jax.stages import open_pipeline
 from tests.conftest import write_meta
 
 

@@ -59,12 +59,12 @@ def cores(
         source = f"model FLOPs at MFU {mfu:g}"
     rows = []
     for name, rate in per_chip.items():
-        chip = chips.get_chip(name)
-        tiles, hosts = rate * chip.host_chips, max(1, -(-count // chip.host_chips))
+        spec = chips.get_chip(name)
+        tiles, hosts = rate * spec.host_chips, max(1, -(-count // spec.host_chips))
         rows.append(
             {
                 "stage": config.stage,
-                "host": chip.host,
+                "host": spec.host,
                 "step_time_from": source,
                 "tiles_per_second": tiles,
                 "cores": tiles / tiles_per_core_second,
