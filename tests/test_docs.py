@@ -236,7 +236,10 @@ def test_costs_follow_from_configs_and_plans():
     assert len(summary) == 3
     for stage, *found in map(cells, summary):
         rows = [plans[stage.split()[0], chip] for chip in ("v5e", "v5p", "v6e")]
-        assert found == [f"{row[6]} s, {row[9]}, {row[5].split()[0]} GiB" for row in rows]
+        mfu = [row[9].partition(",")[0] for row in rows]
+        assert found == [
+            f"{row[6]} s, {x}, {row[5].split()[0]} GiB" for row, x in zip(rows, mfu, strict=True)
+        ]
     table = {
         row[0]: row for row in map(cells, re.findall(r"^\| (?:I+|all) \|.*$", page, flags=re.M))
     }
@@ -251,6 +254,7 @@ def test_costs_follow_from_configs_and_plans():
             seconds[chip] = number(row[6]) / rows
             waiting = 1 + number(row[8]) / 100
             hours[chip] = config.steps * config.data.rows * seconds[chip] * waiting / 3600
+            assert number(row[10].partition(", ")[2]) == pytest.approx(hours[chip], rel=0.01)
             total[chip] += hours[chip]
         expected = [seconds["v5e"], hours["v5e"], hours["v5e"] / 256, hours["v5p"], hours["v6e"]]
         assert [number(c) for c in table[stage][1:]] == pytest.approx(expected, rel=0.01)
