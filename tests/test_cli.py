@@ -151,7 +151,7 @@ def test_unknown_arguments_are_a_usage_error(tmp_path, capsys):
         ("README.md", "# Title", "README.md is no .py file"),
         ("a.py", "x = 1", "a.py has no function get_config"),
         ("b.py", "def get_config(:", "b.py: SyntaxError: "),
-        ("c.py", "import nothing_of_this_name", "c.py: ModuleNotFoundError: No module named"),
+        ("c.py", "import nothing_of_this_name", "c.py, line 1: ModuleNotFoundError: No module"),
         ("d.py:big", "def get_config(): return {}", "d.py:big: get_config: too many positional"),
         ("e.py", "def get_config(): return 3", "config: expected a section of keys and values"),
         ("f.py", "def get_config(): return {'optim': 3}", "config.optim: expected a section"),
