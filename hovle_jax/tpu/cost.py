@@ -79,7 +79,7 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
     cycles = {True: 0.0, False: 0.0}
     flops = 0.0
     schedule = _Schedule(program)
-    collectives: dict[tuple[str, str, str], Collective] = {}
+    collectives: dict[tuple[str, ...], Collective] = {}
     for visit in visits:
         x = visit.instruction
         if (estimate := _cycles(visit)) > 0:
@@ -89,11 +89,7 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
         schedule.pass_by(visit, estimate / chip.clock_hz + of_kernel.get(x.name, 0.0))
     for visit in visits:
         if collective := _collective(program, visit, schedule, chip, devices):
-            x = visit.instruction
-            # An asynchronous one appears at its start, in the bodies that carry it, at its end.
-            # Those of a shard_map all have one channel, and tell apart by what they come from.
-            channel = x.attribute(r"channel_id=(\d+)") or visit.computation + x.name
-            key = collective.kind, channel, x.op_name
+            key = collective.kind, *_identity(visit)
             before = collectives.get(key)
             order = (collective.times, -collective.exposed)
             if before is None or order > (before.times, -before.exposed):
@@ -116,13 +112,22 @@ class _Schedule:
 
     def __init__(self, program: Program):
         self._program = program
-        self._clock = 0.0
+        self._clock = self._before = 0.0  # now, and as the last instruction outside fusions began
         self._begun: dict[tuple[str, str], tuple[float, Visit]] = {}
         self._beside: dict[tuple[str, str], float] = {}
+        self._around: dict[str, str] = {}  # a fusion's computation: the one that runs the fusion
+        self._carried: dict[tuple[str, ...], tuple[float, float]] = {}  # from when to when
 
     def pass_by(self, visit: Visit, seconds: float) -> None:
         """Instructions in the order of the schedule, and the time each takes (of all times)."""
         x, here = visit.instruction, visit.computation
+        if not visit.fused:
+            self._before = self._clock
+        elif x.op in COLLECTIVES:
+            since, _ = self._carried.get(self._in_fusions(visit), (self._before, 0.0))
+            self._carried[self._in_fusions(visit)] = since, self._clock
+        if called := _called(x):
+            self._around[called] = self._around.get(here, here) if visit.fused else here
         if x.op.endswith("-start") or x.op in ("send", "recv"):
             name = _rendezvous(x) or x.name
             if x.op != "recv":
@@ -143,8 +148,22 @@ class _Schedule:
         x = visit.instruction
         if x.op.endswith("-start") or x.op == "send":
             return self._beside.get((visit.computation, x.name), 0.0)
-        # Inside a fusion it shares that with the computation it hides behind.
-        return self._beside.get((visit.computation, ""), math.inf if visit.fused else 0.0)
+        # In fusions: the one that starts it, those that carry it, the one that waits for it.
+        since, until = self._carried.get(self._in_fusions(visit), (0.0, 0.0))
+        return self._beside.get((visit.computation, ""), (until - since) / visit.times)
+
+    def _in_fusions(self, visit: Visit) -> tuple[str, ...]:
+        return self._around.get(visit.computation, ""), *_identity(visit)
+
+
+def _identity(visit: Visit) -> tuple[str, ...]:
+    """What all instructions of one asynchronous collective in fusions have in common.
+
+    Those of a shard_map all have one channel, and are told apart by what they come from.
+    """
+    x = visit.instruction
+    channel = x.attribute(r"channel_id=(\d+)") or visit.computation + x.name
+    return x.op.removesuffix("-start"), channel, x.op_name
 
 
 def _rendezvous(x: Instruction) -> str:
@@ -262,7 +281,11 @@ def group_size(attributes: str, devices: int) -> int:
 
 
 def collective_seconds(kind: str, size: float, group: int, chip: Chip, devices: int) -> float:
-    """Of one collective over an idle torus: a ring in both directions over every axis it spans."""
+    """Of one collective over an idle torus: a ring in both directions over every axis it spans.
+
+    size: bytes of the whole array; for all-to-all of what one device has of it, each byte of which
+    passes a quarter of every axis on its way (half where it is no ring, in one direction).
+    """
     if kind == "network reduction":
         return 2 * (group - 1) / group * size / chip.network_bandwidth
     axes = chip.torus_axes if group == devices and devices > 4 else 1
@@ -273,7 +296,8 @@ def collective_seconds(kind: str, size: float, group: int, chip: Chip, devices: 
     share = (group - 1) / group
     if kind == "collective-permute":
         return size / chip.ici_bandwidth
-    factor = {"all-reduce": 2 * share, "all-to-all": share / 4}.get(kind, share)
+    hops = axes * group ** (1 / axes) / 4
+    factor = {"all-reduce": 2 * share, "all-to-all": hops}.get(kind, share)
     return factor * size / bandwidth
 
 
