@@ -80,6 +80,12 @@ SPARSE_CORE = (
         "reductions of gradients too: they take 0.7 ms a layer on 256 chips",
     ),
 )
+SPARSE_CORE_3D = Option(
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
+    "true",
+    "and over three axes, the whole of a v5p slice: without it v5p waits for every gather of "
+    "weights, 0.46 ms a layer",
+)
 EACH_REDUCTION_ALONE = Option(
     "xla_jf_crs_combiner_threshold_in_bytes",
     "1048576",
@@ -110,7 +116,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         EACH_REDUCTION_ALONE,
         GATHER_SMALL_WEIGHTS,
     ),
-    "v5p": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE, *SPARSE_CORE, EACH_REDUCTION_ALONE),
+    "v5p": (
+        NO_WINDOWED_EINSUM,
+        ASYNC_ALL_REDUCE,
+        *SPARSE_CORE,
+        SPARSE_CORE_3D,
+        EACH_REDUCTION_ALONE,
+    ),
     "v6e": (NO_WINDOWED_EINSUM, ASYNC_ALL_REDUCE, *SPARSE_CORE, EACH_REDUCTION_ALONE),
     "tpu7x": (NO_WINDOWED_EINSUM,),
 }
