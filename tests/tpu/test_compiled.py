@@ -126,9 +126,10 @@ def test_gradients_are_reduced_behind_computation(topology):
         complain("the step waits for most of its reductions", located(waited))
 
 
-def test_v6e_waits_for_neither_weights_nor_gradients():
-    """What its SparseCores carry is begun and awaited; a collective in one piece stops the chip."""
-    program = plan_of("v6e:4x4").program
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
+def test_sparse_cores_carry_weights_and_gradients(topology):
+    """What they carry is begun and awaited; a collective in one piece stops the chip."""
+    program = plan_of(topology).program
     begun, blocking = 0, []
     for visit in hlo.walk(program):
         x = visit.instruction
@@ -138,6 +139,22 @@ def test_v6e_waits_for_neither_weights_nor_gradients():
                 blocking.append((x.name, x.op_name, program.source(x)))
     complain("the chip waits for a collective", blocking)
     assert begun >= 7 * 3
+
+
+def test_weights_are_gathered_and_not_added_up():
+    """Of a small weight each of 256 chips has so little that the compiler would sum it with zeros;
+    such a sum comes from no line of the program, a gradient does."""
+    program = plan_of("v5e:16x16").program
+    found, gathered = [], 0
+    for visit in hlo.walk(program):
+        x = visit.instruction
+        if visit.times < LAYERS or max(x.sizes, default=0) < LARGE:
+            continue
+        gathered += x.op == "all-gather"
+        if x.op == "all-reduce" and "transpose(" not in x.op_name:
+            found.append((x.name, x.op_name or x.shape, program.source(x)))
+    assert gathered >= 7 * 3
+    complain("a weight is summed to be gathered", found)
 
 
 def test_layers_multiply_in_bfloat16(plan):
