@@ -89,7 +89,7 @@ def price(program: Program, chip: Chip, devices: int) -> Cost:
         schedule.pass_by(visit, estimate / chip.clock_hz + of_kernel.get(x.name, 0.0))
     for visit in visits:
         if collective := _collective(program, visit, schedule, chip, devices):
-            key = collective.kind, *_identity(visit)
+            key = collective.kind, *schedule.identity(visit)
             before = collectives.get(key)
             order = (collective.times, -collective.exposed)
             if before is None or order > (before.times, -before.exposed):
@@ -124,8 +124,8 @@ class _Schedule:
         if not visit.fused:
             self._before = self._clock
         elif x.op in COLLECTIVES:
-            since, _ = self._carried.get(self._in_fusions(visit), (self._before, 0.0))
-            self._carried[self._in_fusions(visit)] = since, self._clock
+            since, _ = self._carried.get(self.identity(visit), (self._before, 0.0))
+            self._carried[self.identity(visit)] = since, self._clock
         if called := _called(x):
             self._around[called] = self._around.get(here, here) if visit.fused else here
         if x.op.endswith("-start") or x.op in ("send", "recv"):
@@ -149,21 +149,20 @@ class _Schedule:
         if x.op.endswith("-start") or x.op == "send":
             return self._beside.get((visit.computation, x.name), 0.0)
         # In fusions: the one that starts it, those that carry it, the one that waits for it.
-        since, until = self._carried.get(self._in_fusions(visit), (0.0, 0.0))
+        since, until = self._carried.get(self.identity(visit), (0.0, 0.0))
         return self._beside.get((visit.computation, ""), (until - since) / visit.times)
 
-    def _in_fusions(self, visit: Visit) -> tuple[str, ...]:
-        return self._around.get(visit.computation, ""), *_identity(visit)
+    def identity(self, visit: Visit) -> tuple[str, ...]:
+        """What all instructions of one collective have in common, of which there are several where
+        fusions carry it.
 
-
-def _identity(visit: Visit) -> tuple[str, ...]:
-    """What all instructions of one asynchronous collective in fusions have in common.
-
-    Those of a shard_map all have one channel, and are told apart by what they come from.
-    """
-    x = visit.instruction
-    channel = x.attribute(r"channel_id=(\d+)") or visit.computation + x.name
-    return x.op.removesuffix("-start"), channel, x.op_name
+        Those of a shard_map all have one channel, and are told apart by what they come from.
+        """
+        x, here = visit.instruction, visit.computation
+        if not visit.fused:
+            return here, x.name
+        channel = x.attribute(r"channel_id=(\d+)") or here + x.name
+        return self._around.get(here, ""), x.op.removesuffix("-start"), channel, x.op_name
 
 
 def _rendezvous(x: Instruction) -> str:
